@@ -1,0 +1,41 @@
+"""One small tree of errors, so that a caller can catch everything Stillroom raises on purpose.
+
+Every message names the thing, its value and the remedy. Anything that is not a `StillroomError` is a defect in Stillroom.
+"""
+
+
+class StillroomError(Exception):
+    """Base of every error that Stillroom raises on purpose."""
+
+
+class SettingsError(StillroomError):
+    """A setting is unknown, missing or out of range."""
+
+
+class DataError(StillroomError):
+    """Input data cannot be read: the message names file, line and field."""
+
+
+class ReleaseError(StillroomError):
+    """A release or an adapter is incomplete, altered or signed by a key that is not trusted."""
+
+
+class LedgerError(StillroomError):
+    """A ledger cannot be read, does not verify, or was asked to do what would break it."""
+
+
+class BudgetError(StillroomError):
+    """A planned spend would pass the privacy budget, or a budget cannot be met at all."""
+
+
+class ProtocolError(StillroomError):
+    """A message does not have the closed schema that the protocol allows."""
+
+
+class MissingExtraError(StillroomError):
+    """A command needs an optional dependency that is not installed."""
+
+    def __init__(self, command: str, extra: str, module: str) -> None:
+        super().__init__(
+            f"`{command}` needs the module {module!r}, which is not installed: pip install 'stillroom[{extra}]'"
+        )
