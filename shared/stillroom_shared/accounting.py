@@ -1,0 +1,181 @@
+"""What a sequence of releases costs: events, and epsilon for them at a given delta.
+
+Events compose through `dp-accounting`: privacy loss distributions (Sommer et al. 2019; Koskela et al. 2020), discretized
+pessimistically in both directions of add-or-remove, and Renyi DP (Mironov 2017, arXiv 1702.07476; Poisson-sampled as in
+Zhu and Wang 2019) as a cross-check that must never be smaller. Adjacency is zero-out: a device stays enrolled and its
+contribution becomes zero; a Poisson-sampled sum then has the dominating pair of add-or-remove.
+
+Guarantees:
+    - The noise that is really added is discrete. `SampledGaussian.distance` bounds how far it is from a rounded Gaussian;
+      by P[M] <= P[R] + tau on both neighbours, (epsilon, delta') for R is (epsilon, delta' + (1 + e^epsilon) tau) for M,
+      and `epsilon` solves for exactly that delta.
+    - The set of events is closed: what is not known here is refused, never guessed.
+
+| case | result |
+|---|---|
+| no event | 0.0 |
+| an `Unprotected` event, or a grid too coarse to certify the delta | infinity |
+| noise multiplier not above 0, sampling rate outside (0, 1] | `BudgetError` at construction |
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal
+
+import dp_accounting
+from dp_accounting.pld.pld_privacy_accountant import PLDAccountant
+from dp_accounting.rdp.rdp_privacy_accountant import RdpAccountant
+
+from stillroom_shared.errors import BudgetError
+from stillroom_shared.noise import rounding_distance
+
+AccountantName = Literal["PLD", "RDP"]
+
+# Orders near 1 do not converge for Poisson sampling at small noise; a dense grid up to 12 decides everything else.
+_RDP_ORDERS = [2 + step / 20 for step in range(200)] + list(range(12, 65)) + [128, 256, 512, 1024]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampledGaussian:
+    """One noisy sum over a Poisson cohort.
+
+    Attributes:
+        noise_multiplier: standard deviation of the noise / L2 sensitivity of the sum.
+        sampling_rate: probability with which each enrolled device takes part, in (0, 1]; 1 means no amplification.
+        sigma: standard deviation of the discrete Gaussian, in grid steps.
+        dimension: length of the released vector.
+    """
+
+    noise_multiplier: float
+    sampling_rate: float
+    sigma: int
+    dimension: int
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.noise_multiplier) and self.noise_multiplier > 0 and self.sigma >= 1):
+            raise BudgetError(f"noise multiplier {self.noise_multiplier} gives no protection: choose a value above 0")
+        if not 0 < self.sampling_rate <= 1:
+            raise BudgetError(f"sampling rate {self.sampling_rate} is no probability: choose a value in (0, 1]")
+
+    @property
+    def distance(self) -> float:
+        """Total variation distance to the mechanism that is accounted for."""
+        return rounding_distance(self.sigma, self.dimension)
+
+    def without_sampling(self) -> SampledGaussian:
+        """The same release as seen by somebody who knows the cohort: amplification does not count."""
+        return SampledGaussian(
+            noise_multiplier=self.noise_multiplier, sampling_rate=1.0, sigma=self.sigma, dimension=self.dimension
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unprotected:
+    """A release without noise: epsilon is infinite from here on."""
+
+    dimension: int
+
+
+Event = SampledGaussian | Unprotected
+_KINDS: dict[str, type[SampledGaussian] | type[Unprotected]] = {
+    "sampled-gaussian": SampledGaussian,
+    "unprotected": Unprotected,
+}
+
+
+def event_to_json(event: Event) -> dict[str, Any]:
+    """A flat JSON object for the ledger; `event_from_json` is its inverse."""
+    kind = next(name for name, known in _KINDS.items() if type(event) is known)
+    return {"kind": kind, **vars(event)}
+
+
+def event_from_json(fields: Mapping[str, Any]) -> Event:
+    """Read an event back; an unknown kind or field raises `BudgetError`."""
+    kind = _KINDS.get(str(fields.get("kind")))
+    if kind is None:
+        raise BudgetError(f"event kind {fields.get('kind')!r} is unknown: known are {sorted(_KINDS)}")
+    try:
+        return kind(**{k: v for k, v in fields.items() if k != "kind"})
+    except TypeError as error:
+        raise BudgetError(f"event {dict(fields)} does not have the fields of its kind: {error}") from error
+
+
+def epsilon(events: Iterable[Event], delta: float, accountant: AccountantName = "PLD") -> float:
+    """The epsilon that all events together cost at this delta, for readers who see only what was released.
+
+    >>> step = SampledGaussian(noise_multiplier=1.0, sampling_rate=0.1, sigma=2**28, dimension=9_216)
+    >>> round(epsilon([step] * 100, 1e-5), 2), round(epsilon([step] * 100, 1e-5, "RDP"), 2)
+    (7.05, 7.9)
+    >>> epsilon([], 1e-5), epsilon([step, Unprotected(dimension=1)], 1e-5)
+    (0.0, inf)
+    """
+    if not 0 < delta < 1:
+        raise BudgetError(f"delta {delta} is no probability: choose about 1 / (10 * enrolled devices)")
+    counts = Counter(events)
+    if not counts:
+        return 0.0
+    if any(isinstance(event, Unprotected) for event in counts):
+        return math.inf
+    sampled = tuple(sorted(((e, n) for e, n in counts.items() if isinstance(e, SampledGaussian)), key=repr))
+    return _epsilon(sampled, delta, accountant)
+
+
+@lru_cache(maxsize=4096)
+def _epsilon(counts: tuple[tuple[SampledGaussian, int], ...], delta: float, accountant: AccountantName) -> float:
+    composed = PLDAccountant() if accountant == "PLD" else RdpAccountant(_RDP_ORDERS)
+    for event, count in counts:
+        gaussian = dp_accounting.GaussianDpEvent(event.noise_multiplier)
+        # At rate 1 both spellings mean the same; the plain one has a closed form.
+        plain = event.sampling_rate == 1
+        composed.compose(
+            gaussian if plain else dp_accounting.PoissonSampledDpEvent(event.sampling_rate, gaussian), count
+        )
+    distance = sum(event.distance * count for event, count in counts)
+    remaining = delta
+    for _ in range(32):
+        found = float(composed.get_epsilon(remaining))
+        needed = remaining + (1 + math.exp(min(found, 700.0))) * distance
+        if needed <= delta:
+            return found
+        remaining = delta - (needed - remaining) * 1.001
+        if remaining <= 0:
+            break
+    return math.inf  # the grid is too coarse to certify anything at this delta
+
+
+def smallest_noise_multiplier(
+    *, target_epsilon: float, delta: float, rounds: int, sampling_rate: float, dimension: int, resolution: int
+) -> float:
+    """The smallest noise multiplier (to 0.1%) that keeps `rounds` releases within the target, by PLD.
+
+    Raises `BudgetError` when even a multiplier of 1,000 does not.
+    """
+    if target_epsilon <= 0 or rounds < 1:
+        raise BudgetError(f"target epsilon {target_epsilon} over {rounds} rounds: both must be positive")
+
+    def cost(multiplier: float) -> float:
+        event = SampledGaussian(
+            noise_multiplier=multiplier,
+            sampling_rate=sampling_rate,
+            sigma=math.ceil(multiplier * resolution),
+            dimension=dimension,
+        )
+        return epsilon([event] * rounds, delta)
+
+    low, high = 0.0, 1.0
+    while cost(high) > target_epsilon:
+        low, high = high, high * 2
+        if high > 1_000:
+            raise BudgetError(
+                f"epsilon {target_epsilon} at delta {delta} cannot be met by {rounds} rounds at sampling rate {sampling_rate}: "
+                "plan fewer rounds, a lower sampling rate or a larger epsilon"
+            )
+    while high - low > 1e-3 * high:
+        middle = (low + high) / 2
+        low, high = (middle, high) if cost(middle) > target_epsilon else (low, middle)
+    return high

@@ -1,0 +1,217 @@
+"""Mechanisms: what a device sends, what the server may release, and the event it costs.
+
+A round releases `(sum of bounded updates + noise) / fixed public number`. Everything summed is an integer on a grid, so the
+sum is exact in any order and its sensitivity is what arithmetic says, not what floating point does to it
+(arXiv 2207.10635). The non-private baseline goes through the same interface.
+
+Guarantees (`Central`, user level, adjacency zero-out: a device's update becomes the zero vector):
+    - `bound` returns integers whose exact L2 norm is at most `RESOLUTION`, whatever it is given; `admit` checks that again
+      on the server, so a defective device costs its own update and nobody's privacy.
+    - The sum's sensitivity is therefore `RESOLUTION` grid steps, and `sigma` is computed from it.
+    - The denominator is `sampling_rate * devices`, both public: never a count of who answered.
+
+| update | bounded to |
+|---|---|
+| longer than the clip norm | scaled down onto it, rounded towards zero |
+| zero, or NaN or infinity anywhere | zero |
+| wrong length | `ProtocolError` on the device, zero on the server |
+| no update at all (empty cohort) | the release is noise alone, at the same cost |
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stillroom_shared.accounting import Event, SampledGaussian, Unprotected, smallest_noise_multiplier
+from stillroom_shared.errors import BudgetError, ProtocolError
+from stillroom_shared.noise import discrete_gaussian
+from stillroom_shared.randomness import Randomness
+
+RESOLUTION = 1 << 28
+"""Grid steps in one clip norm: rounding costs a delta of about 1e-15, and an update fits int32."""
+
+MechanismName = Literal["none", "central"]
+Update = NDArray[np.int32]
+Total = NDArray[np.int64]
+
+
+class Mechanism(Protocol):
+    """One way to turn device updates into a release. Implementations are frozen values."""
+
+    name: MechanismName
+    unit: str
+    dimension: int
+
+    def bound(self, delta: NDArray[np.float32]) -> Update:
+        """Device side: a float update, (dimension,), as bounded grid integers."""
+        ...
+
+    def admit(self, update: NDArray[np.integer]) -> bool:
+        """Server side: whether an arrived update may enter the sum; one that may not counts as zero."""
+        ...
+
+    def release(self, total: Total, randomness: Randomness) -> NDArray[np.float64]:
+        """The noisy mean update, (dimension,), in the units of the float updates."""
+        ...
+
+    def event(self) -> Event:
+        """What one `release` costs a reader of releases."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Central:
+    """User-level Gaussian mechanism, noise added once by the server.
+
+    >>> mechanism = Central(clip_norm=0.5, noise_multiplier=2.0, sampling_rate=0.5, devices=100, dimension=3)
+    >>> update = mechanism.bound(np.array([3.0, 0.0, 4.0], np.float32))
+    >>> (update / RESOLUTION).round(6).tolist(), mechanism.sigma == 2 * RESOLUTION, mechanism.denominator
+    ([0.6, 0.0, 0.8], True, 50.0)
+    """
+
+    clip_norm: float
+    noise_multiplier: float
+    sampling_rate: float
+    devices: int
+    dimension: int
+    name: Literal["central"] = "central"
+    unit: Literal["user"] = "user"
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.clip_norm) and self.clip_norm > 0):
+            raise BudgetError(f"clip norm {self.clip_norm} bounds nothing: choose a positive number, e.g. 0.3")
+        if self.devices < 1 or self.dimension < 1:
+            raise BudgetError(f"{self.devices} devices and {self.dimension} values: both must be at least 1")
+        self.event()  # refuses an impossible noise multiplier or sampling rate
+
+    @property
+    def sensitivity(self) -> int:
+        """L2 sensitivity of the sum under zero-out, in grid steps."""
+        return RESOLUTION
+
+    @property
+    def sigma(self) -> int:
+        """Standard deviation of the noise in grid steps, rounded up."""
+        return math.ceil(self.noise_multiplier * self.sensitivity)
+
+    @property
+    def denominator(self) -> float:
+        """Expected cohort size: public and fixed."""
+        return self.sampling_rate * self.devices
+
+    def bound(self, delta: NDArray[np.float32]) -> Update:
+        """Clip to `clip_norm` and round towards zero, so that rounding never lengthens an update."""
+        scaled = _finite(delta, self.dimension) * (RESOLUTION / self.clip_norm)
+        norm = float(np.linalg.norm(scaled))
+        shrink = min(1.0, RESOLUTION / norm) if norm else 1.0
+        while True:
+            steps = np.trunc(scaled * shrink).astype(np.int64)
+            if _fits(steps):
+                return steps.astype(np.int32)
+            shrink *= 1 - 2.0**-40  # the float norm was short by a rounding error: decide by the exact one
+
+    def admit(self, update: NDArray[np.integer]) -> bool:
+        """True when length, type and the exact norm hold."""
+        return update.shape == (self.dimension,) and update.dtype == np.int32 and _fits(update.astype(np.int64))
+
+    def release(self, total: Total, randomness: Randomness) -> NDArray[np.float64]:
+        """Add exact discrete Gaussian noise, then leave the grid; the rest is post-processing."""
+        noisy = total + discrete_gaussian(self.sigma, self.dimension, randomness)
+        return noisy.astype(np.float64) * (self.clip_norm / RESOLUTION / self.denominator)
+
+    def event(self) -> SampledGaussian:
+        """One Poisson-sampled Gaussian release."""
+        return SampledGaussian(
+            noise_multiplier=self.noise_multiplier,
+            sampling_rate=self.sampling_rate,
+            sigma=max(self.sigma, 0),
+            dimension=self.dimension,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoPrivacy:
+    """The non-private baseline: no clipping, no noise, the same grid, the same fixed denominator."""
+
+    sampling_rate: float
+    devices: int
+    dimension: int
+    name: Literal["none"] = "none"
+    unit: Literal["none"] = "none"
+
+    _STEP = 2.0**-24  # a range of +-128, far beyond any update of a low-rank adapter
+
+    @property
+    def denominator(self) -> float:
+        """Expected cohort size, as in `Central`."""
+        return self.sampling_rate * self.devices
+
+    def bound(self, delta: NDArray[np.float32]) -> Update:
+        """Round to the grid; saturate at its range."""
+        limit = np.iinfo(np.int32).max
+        return np.clip(np.rint(_finite(delta, self.dimension) / self._STEP), -limit, limit).astype(np.int32)
+
+    def admit(self, update: NDArray[np.integer]) -> bool:
+        """True when length and type hold."""
+        return update.shape == (self.dimension,) and update.dtype == np.int32
+
+    def release(self, total: Total, randomness: Randomness) -> NDArray[np.float64]:
+        """The exact mean over the expected cohort."""
+        return total.astype(np.float64) * (self._STEP / self.denominator)
+
+    def event(self) -> Unprotected:
+        """No noise: nothing is promised."""
+        return Unprotected(dimension=self.dimension)
+
+
+def calibrate(
+    *,
+    target_epsilon: float,
+    delta: float,
+    rounds: int,
+    clip_norm: float,
+    sampling_rate: float,
+    devices: int,
+    dimension: int,
+) -> Central:
+    """The `Central` mechanism with the least noise whose `rounds` releases stay within the target.
+
+    Raises `BudgetError` with the reason when no noise multiplier up to 1,000 does.
+    """
+    multiplier = smallest_noise_multiplier(
+        target_epsilon=target_epsilon,
+        delta=delta,
+        rounds=rounds,
+        sampling_rate=sampling_rate,
+        dimension=dimension,
+        resolution=RESOLUTION,
+    )
+    return Central(
+        clip_norm=clip_norm,
+        noise_multiplier=multiplier,
+        sampling_rate=sampling_rate,
+        devices=devices,
+        dimension=dimension,
+    )
+
+
+def _finite(delta: NDArray[np.float32], dimension: int) -> NDArray[np.float64]:
+    """The update in float64; one with NaN or infinity anywhere is zero as a whole."""
+    if delta.shape != (dimension,):
+        raise ProtocolError(f"update has shape {delta.shape}: the round's adapter needs ({dimension},)")
+    values = delta.astype(np.float64)
+    return values if np.isfinite(values).all() else np.zeros(dimension)
+
+
+def _fits(steps: NDArray[np.int64]) -> bool:
+    """Whether the exact L2 norm is at most `RESOLUTION`; Python integers cannot overflow."""
+    if steps.size and int(np.abs(steps).max()) > RESOLUTION:
+        return False
+    # Below that bound a square is at most 2**56, so 64 of them fit int64; sum the partial sums exactly.
+    squares = np.add.reduceat(steps * steps, np.arange(0, steps.size, 64)) if steps.size else steps
+    return bool(sum(squares.tolist()) <= RESOLUTION * RESOLUTION)

@@ -1,0 +1,120 @@
+"""The privacy statement: what is promised, for which unit, against whom. An epsilon is never shown without these.
+
+A statement is computed from the events of a ledger, travels in the manifest of what it covers, and prints as a paragraph
+that somebody whose data it is about can read. The adversaries are those of the design: whoever reads releases cannot see
+who took part in a round, so Poisson sampling amplifies; peers and network observers can, so for them it does not; the
+coordinator sees single updates under `central`, so it is promised nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from stillroom_shared.accounting import Event, SampledGaussian, epsilon
+
+READERS = "readers of releases"
+OBSERVERS = "peers and network observers"
+COORDINATOR = "the coordinator"
+
+
+class PrivacyStatement(BaseModel):
+    """What a sequence of releases costs one unit. `None` stands for "no guarantee" wherever an epsilon could be.
+
+    Attributes:
+        unit: what is protected: "user" is everything one device holds; "none" for the non-private baseline.
+        epsilon: against readers of releases, by accountant; the guarantee is the PLD figure, RDP cross-checks it.
+        against: epsilon for each adversary, never only the smallest.
+        rehearsal: the noise came from a known seed; nothing is promised to anybody who knows it.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    schema_version: Literal[1] = 1
+    unit: Literal["user", "none"]
+    adjacency: Literal["zero-out"] = "zero-out"
+    mechanism: Literal["central", "none"]
+    noise_multiplier: float | None
+    clip_norm: float | None
+    sampling: Literal["poisson"] = "poisson"
+    sampling_rate: float
+    rounds: int
+    devices: int
+    delta: float
+    epsilon: dict[str, float | None]
+    against: dict[str, float | None]
+    rehearsal: bool
+
+    @property
+    def epsilon_pld(self) -> float:
+        """The guarantee against readers of releases; infinity when there is none."""
+        found = self.epsilon["PLD"]
+        return math.inf if found is None else found
+
+    def paragraph(self) -> str:
+        """The statement in plain words."""
+        if self.unit == "none" or self.epsilon["PLD"] is None:
+            return "No differential privacy: updates were neither clipped nor noised. This is a baseline for comparison only."
+        observers = self.against[OBSERVERS]
+        sentences = [
+            f"The unit of protection is one user: everything on one of {self.devices:,} enrolled devices.",
+            f"Against {READERS}, {self.rounds} round{'s' * (self.rounds != 1)} cost {_figure(self.epsilon['PLD'], self.delta, READERS)}:",
+            "whatever somebody concludes from the released models, they would have concluded almost as likely had the "
+            f"device contributed nothing; the factor is at most e to the {self.epsilon['PLD']:.2f}, "
+            f"but for a chance of {self.delta:.1e}.",
+            f"Against {OBSERVERS}, who may see which devices take part and read the releases, sampling hides nothing: "
+            f"{_figure(observers, self.delta, OBSERVERS)} for a device that joined every round.",
+            "Against the coordinator there is no differential privacy guarantee (none): it sees single clipped updates, "
+            "never queries, documents or embeddings.",
+        ]
+        if self.rehearsal:
+            sentences.append("Rehearsal: the randomness came from a known seed, so none of this binds anybody who knows it.")
+        return " ".join(sentences)
+
+
+def statement(
+    events: Sequence[Event],
+    *,
+    delta: float,
+    devices: int,
+    sampling_rate: float,
+    clip_norm: float | None,
+    rehearsal: bool,
+) -> PrivacyStatement:
+    """The statement for all events charged so far, released or not.
+
+    >>> step = SampledGaussian(noise_multiplier=2.0, sampling_rate=0.5, sigma=2**29, dimension=9_216)
+    >>> made = statement([step] * 20, delta=1e-4, devices=1_000, sampling_rate=0.5, clip_norm=0.3, rehearsal=False)
+    >>> sorted((adversary, value and round(value, 2)) for adversary, value in made.against.items())
+    [('peers and network observers', 10.23), ('readers of releases', 4.9), ('the coordinator', None)]
+    """
+    gaussians = [event for event in events if isinstance(event, SampledGaussian)]
+    protected = len(gaussians) == len(events)
+    readers = {name: _or_none(epsilon(events, delta, name)) for name in ("PLD", "RDP")}
+    unamplified = [event.without_sampling() for event in gaussians] if protected else events
+    return PrivacyStatement(
+        unit="user" if protected else "none",
+        mechanism="central" if protected else "none",
+        noise_multiplier=min((event.noise_multiplier for event in gaussians), default=None) if protected else None,
+        clip_norm=clip_norm if protected else None,
+        sampling_rate=sampling_rate,
+        rounds=len(events),
+        devices=devices,
+        delta=delta,
+        epsilon=readers,
+        against={READERS: readers["PLD"], OBSERVERS: _or_none(epsilon(unamplified, delta)), COORDINATOR: None},
+        rehearsal=rehearsal,
+    )
+
+
+def _or_none(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _figure(value: float | None, delta: float, adversary: str) -> str:
+    if value is None:
+        return f"no guarantee (user level, delta {delta:.1e}, against {adversary})"
+    return f"epsilon {value:.2f} (user level, delta {delta:.1e}, against {adversary})"
