@@ -1,0 +1,140 @@
+"""Progress of a run in stages: a bar and an estimate of what is left, or one line a stage where nobody watches.
+
+The estimate scales a plan in seconds (measured once, on any machine) by how the stages behind it went on this one;
+inside a stage it follows the stage's own pace. A stage that was answered from a cache says nothing about pace.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from stillroom_shared.errors import SettingsError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress as Bars
+    from rich.progress import TaskID
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What is left of a plan.
+
+    plan: seconds of each stage, in order, on some machine.
+
+    >>> forecast = Forecast({"corpus": 10.0, "distil": 60.0, "rounds": 30.0})
+    >>> forecast.left("distil", elapsed=0.0, fraction=0.0, pace=forecast.pace({"corpus": 20.0}))
+    180.0
+    >>> forecast.left("distil", elapsed=30.0, fraction=0.5, pace=1.0)
+    60.0
+    """
+
+    plan: Mapping[str, float]
+
+    def pace(self, finished: Mapping[str, float]) -> float:
+        """Seconds taken for each second planned, over the stages that did work; 1 before there is any."""
+        planned = sum(self.plan[name] for name in finished)
+        return sum(finished.values()) / planned if planned else 1.0
+
+    def left(self, stage: str, *, elapsed: float, fraction: float, pace: float) -> float:
+        """Seconds until the last stage is done, from inside `stage`, of which `fraction` (0 to 1) is done."""
+        # Early on, a stage's own pace is mostly noise: trust it as far as the stage has come.
+        planned = max(self.plan[stage] * pace * (1 - fraction), 0.0)
+        observed = elapsed * (1 - fraction) / fraction if fraction else planned
+        names = list(self.plan)
+        later = names[names.index(stage) + 1 :]
+        return fraction * observed + (1 - fraction) * planned + pace * sum(self.plan[name] for name in later)
+
+
+class Stage:
+    """A stage in progress. Call it with (done, total); `note` says in a word what came of it."""
+
+    def __init__(self, show: Callable[[float], None]) -> None:
+        self.fraction = 0.0
+        self.remark = ""
+        self.cached = False
+        self._show = show
+
+    def __call__(self, done: int, total: int) -> None:
+        """Show that `done` of `total` is done."""
+        self.fraction = done / total if total else 1.0
+        self._show(self.fraction)
+
+    def note(self, remark: str, *, cached: bool = False) -> None:
+        """Put a remark on the stage's line; `cached` keeps its time out of the estimate."""
+        self.remark, self.cached = remark, cached
+
+
+class Progress:
+    """The stages of a run, each entered once.
+
+    >>> from rich.console import Console
+    >>> progress = Progress({"corpus": 5.0, "distil": 60.0}, console=Console(force_terminal=False), clock=lambda: 0.0)
+    >>> with progress.stage("corpus") as stage:
+    ...     stage.note("21,530 pairs", cached=True)
+    corpus            0 s   21,530 pairs   about 60 s left
+    >>> with progress.stage("distil") as stage:
+    ...     stage(3, 3)
+    distil            0 s
+    """
+
+    def __init__(
+        self, plan: Mapping[str, float], *, console: Console, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.seconds: dict[str, float] = {}
+        self._forecast = Forecast(plan)
+        self._worked: dict[str, float] = {}
+        self._console = console
+        self._clock = clock
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[Stage]:
+        """Time a stage and show how far it is. Leaving by an exception leaves no time behind."""
+        if name not in self._forecast.plan or name in self.seconds:
+            raise SettingsError(
+                f"stage {name!r} is unknown or was done before: the plan is {list(self._forecast.plan)}"
+            )
+        started, pace = self._clock(), self._forecast.pace(self._worked)
+        with self._bar(name, started, pace) as show:
+            stage = Stage(show)
+            yield stage
+        self.seconds[name] = self._clock() - started
+        if not stage.cached:
+            self._worked[name] = self.seconds[name]
+        left = self._forecast.left(name, elapsed=0.0, fraction=1.0, pace=self._forecast.pace(self._worked))
+        parts = [f"{name:12} {span(self.seconds[name]):>8}", stage.remark, f"about {span(left)} left" if left else ""]
+        self._console.print("   ".join(part for part in parts if part), markup=False, soft_wrap=True)
+
+    @contextmanager
+    def _bar(self, name: str, started: float, pace: float) -> Iterator[Callable[[float], None]]:
+        """A bar that disappears when its stage is done; nothing where the output is no terminal."""
+        if not self._console.is_terminal:
+            yield lambda fraction: None
+            return
+        from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import Progress as Bars
+
+        columns = TextColumn(f"{name:12}"), TimeElapsedColumn(), BarColumn(), TextColumn("{task.fields[left]}")
+        with Bars(*columns, console=self._console, transient=True, refresh_per_second=4) as bars:
+            task = bars.add_task(name, total=None, left=self._left(name, started, pace, 0.0))
+            yield lambda fraction: self._advance(bars, task, name, started, pace, fraction)
+
+    def _advance(self, bars: Bars, task: TaskID, name: str, started: float, pace: float, fraction: float) -> None:
+        bars.update(task, total=1.0, completed=fraction, left=self._left(name, started, pace, fraction))
+
+    def _left(self, name: str, started: float, pace: float, fraction: float) -> str:
+        elapsed = self._clock() - started
+        return f"about {span(self._forecast.left(name, elapsed=elapsed, fraction=fraction, pace=pace))} left in all"
+
+
+def span(seconds: float) -> str:
+    """A length of time as one says it.
+
+    >>> span(0.4), span(59.6), span(119), span(3700)
+    ('0 s', '60 s', '119 s', '62 min')
+    """
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"

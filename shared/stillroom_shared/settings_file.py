@@ -1,0 +1,201 @@
+"""One TOML file and some `key=value` pairs into one tree of frozen pydantic models, or a refusal in words.
+
+Knows nothing of what is set: `stillroom_shared.settings` holds the models. Keys are dotted (`rounds.noise_multiplier`).
+TOML has no null, so the text `none` unsets a setting that may be unset, in a file as on the command line.
+
+| given | result |
+|---|---|
+| unknown key | refused, with the nearest known one |
+| value of another type, or out of its bounds | refused, with what is allowed and the default |
+| a number as text, in a file | refused: only the command line is text |
+| several mistakes | all named, one on a line |
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Callable, Iterator, Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
+
+from stillroom_shared.errors import SettingsError
+
+_BOUNDS = {"gt": "above {}", "ge": "at least {}", "lt": "below {}", "le": "at most {}", "min_length": "not empty"}
+_KINDS = {int: "integer", float: "number", bool: "true or false", str: "text", Path: "path"}
+
+
+class Group(BaseModel):
+    """A table of the settings file. Frozen; a key it does not know is refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+
+
+Tree = TypeVar("Tree", bound=Group)
+
+
+def load(
+    defaults: Tree,
+    path: Path | None,
+    overrides: Mapping[str, str],
+    *,
+    preset: Callable[[Mapping[str, object]], Mapping[str, object]] = lambda given: {},
+) -> Tree:
+    """The defaults, changed by the preset, the file and the overrides, later ones winning.
+
+    `preset` sees what the file and the overrides give, by dotted key, and answers what follows from it.
+    Raises `SettingsError`.
+    """
+    known = dict(fields(type(defaults)))
+    given = dict(_read(path)) if path else {}
+    given |= {key: _from_text(known[key].annotation, text) if key in known else text for key, text in overrides.items()}
+    if unknown := [key for key in given if key not in known]:
+        raise SettingsError("\n".join(_unknown(key, known) for key in unknown))
+    tree = defaults.model_dump(mode="json")
+    for key, value in {**preset(given), **given}.items():
+        *groups, name = key.split(".")
+        table = tree
+        for group in groups:
+            table = table[group]
+        table[name] = None if value == "none" and _may_be_none(known[key].annotation) else value
+    try:
+        # Through JSON: pydantic's strict mode then reads lists as tuples and text as paths, but no text as a number.
+        return type(defaults).model_validate_json(json.dumps(tree, default=str), strict=True)
+    except ValidationError as error:
+        values = dict(_flat(defaults.model_dump()))
+        raise SettingsError("\n".join(_refusal(problem, known, values) for problem in error.errors())) from None
+
+
+def fields(model: type[Group]) -> Iterator[tuple[str, FieldInfo]]:
+    """Every setting by dotted key, group by group."""
+    for prefix, group in _groups(model):
+        yield from ((f"{prefix}{name}", field) for name, field in group.model_fields.items() if not _group_of(field))
+
+
+def allowed(field: FieldInfo) -> str:
+    """The values that a setting takes, in words.
+
+    >>> from pydantic import Field
+    >>> class Toy(Group):
+    ...     rate: float | None = Field(0.5, gt=0, le=1)
+    ...     layers: tuple[int, ...] = ()
+    >>> [allowed(field) for _, field in fields(Toy)]
+    ['number, above 0, at most 1, or none', 'list of integer']
+    """
+    rules = ((getattr(rule, name, None), text) for rule in field.metadata for name, text in _BOUNDS.items())
+    bounds = [text.format(bound) for bound, text in rules if bound is not None]
+    return ", ".join([_kind(field.annotation), *bounds, *["or none"] * _may_be_none(field.annotation)])
+
+
+def reference(scales: Mapping[str, Group]) -> str:
+    """The manual page of all settings, in Markdown: defaults at each scale, what is allowed, what it means."""
+    columns = [dict(_flat(settings.model_dump())) for settings in scales.values()]
+    model = type(next(iter(scales.values())))
+    lines = [
+        "# Settings",
+        "",
+        "`make docs` writes this page from the code. In a file, given with `--settings FILE`, each group is a table;",
+        "on the command line, write `--set rounds.rounds=20 --set distil.layers=0,5`. `none` unsets a setting.",
+    ]
+    for prefix, group in _groups(model):
+        summary = (group.__doc__ or "").partition("\n")[0]
+        lines += ["", f"## {prefix.rstrip('.') or 'Without a group'}", "", summary, ""]
+        lines += [f"| setting | {' | '.join(scales)} | allowed | meaning |", "|" + "---|" * (3 + len(scales))]
+        for name, field in group.model_fields.items():
+            if not _group_of(field):
+                shown = " | ".join(f"`{_text(column[prefix + name])}`" for column in columns)
+                lines.append(f"| `{prefix}{name}` | {shown} | {allowed(field)} | {field.description} |")
+    return "\n".join(lines)
+
+
+def _groups(model: type[Group], prefix: str = "") -> Iterator[tuple[str, type[Group]]]:
+    """Groups with the prefix of their keys, the model itself last."""
+    for name, field in model.model_fields.items():
+        if group := _group_of(field):
+            yield from _groups(group, f"{prefix}{name}.")
+    yield prefix, model
+
+
+def _group_of(field: FieldInfo) -> type[Group] | None:
+    kind = field.annotation
+    return kind if isinstance(kind, type) and issubclass(kind, Group) else None
+
+
+def _bare(annotation: Any) -> Any:
+    """The type without `| None` and without what `Annotated` adds."""
+    if _may_be_none(annotation):
+        annotation = next(kind for kind in get_args(annotation) if kind is not type(None))
+    return get_args(annotation)[0] if hasattr(annotation, "__metadata__") else annotation
+
+
+def _may_be_none(annotation: Any) -> bool:
+    return type(None) in get_args(annotation)
+
+
+def _kind(annotation: Any) -> str:
+    bare = _bare(annotation)
+    if get_origin(bare) is tuple:
+        return f"list of {_kind(get_args(bare)[0])}"
+    return _KINDS.get(bare) or " or ".join(map(str, get_args(bare)))
+
+
+def _text(value: object) -> str:
+    """A value as it is written on the command line, the same on every machine."""
+    if value is None:
+        return "none"
+    if isinstance(value, tuple):
+        return ",".join(map(str, value)) or " "
+    return str(value).replace(str(Path.home()), "~") if isinstance(value, Path) else str(value)
+
+
+def _from_text(annotation: Any, text: str) -> object:
+    """Text of the command line as the value it stands for; what stands for none stays text, and is refused later."""
+    bare = _bare(annotation)
+    if get_origin(bare) is tuple:
+        parts = (part.strip() for part in text.strip("[] ").split(","))
+        return [_from_text(get_args(bare)[0], part) for part in parts if part]
+    if bare is bool:
+        return {"true": True, "false": False}.get(text.lower(), text)
+    try:
+        return bare(text) if bare in (int, float) else text
+    except ValueError:
+        return text
+
+
+def _read(path: Path) -> Iterator[tuple[str, object]]:
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SettingsError(f"settings file {path} cannot be read: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SettingsError(f"settings file {path} is not TOML: {error}") from error
+    return _flat(tables)
+
+
+def _flat(tables: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
+    for name, value in tables.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _unknown(key: str, known: Mapping[str, FieldInfo]) -> str:
+    name = key.rpartition(".")[2]
+    near = get_close_matches(key, known, n=1) or [other for other in known if other.rpartition(".")[2] == name]
+    return f"setting {key} is unknown: " + (f"did you mean {near[0]}?" if near else "docs/settings.md lists them all")
+
+
+def _refusal(problem: ErrorDetails, known: Mapping[str, FieldInfo], defaults: Mapping[str, object]) -> str:
+    parts = [str(part) for part in problem["loc"]]
+    # Positions in a list and branches of a union follow the name of the setting.
+    key = next((".".join(parts[:end]) for end in range(len(parts), 0, -1) if ".".join(parts[:end]) in known), None)
+    if key is None:  # several settings of a group that do not fit together: the model's own words
+        return f"settings of {'.'.join(parts)}: {problem['msg'].removeprefix('Value error, ')}"
+    meaning, default = known[key].description, _text(defaults[key])
+    return f"setting {key} is {problem['input']!r}: give {allowed(known[key])} ({meaning}); the default is {default}"
