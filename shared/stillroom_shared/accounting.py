@@ -27,10 +27,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
 
-import dp_accounting
-from dp_accounting.pld.pld_privacy_accountant import PLDAccountant
-from dp_accounting.rdp.rdp_privacy_accountant import RdpAccountant
-
 from stillroom_shared.errors import BudgetError
 from stillroom_shared.noise import rounding_distance
 
@@ -127,6 +123,11 @@ def epsilon(events: Iterable[Event], delta: float, accountant: AccountantName = 
 
 @lru_cache(maxsize=4096)
 def _epsilon(counts: tuple[tuple[SampledGaussian, int], ...], delta: float, accountant: AccountantName) -> float:
+    # Imported here: devices hold events and never compose them, and the library takes a second to load.
+    import dp_accounting
+    from dp_accounting.pld.pld_privacy_accountant import PLDAccountant
+    from dp_accounting.rdp.rdp_privacy_accountant import RdpAccountant
+
     composed = PLDAccountant() if accountant == "PLD" else RdpAccountant(_RDP_ORDERS)
     for event, count in counts:
         gaussian = dp_accounting.GaussianDpEvent(event.noise_multiplier)

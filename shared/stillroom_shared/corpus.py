@@ -91,9 +91,7 @@ class Corpus:
         passages = tuple(p for p in self.passages if keeps(p.owner))
         kept = {p.id for p in passages}
         queries = tuple(q for q in self.queries if keeps(q.owner))
-        qrels = {
-            q.id: {pid: grade for pid, grade in self.qrels.get(q.id, {}).items() if pid in kept} for q in queries
-        }
+        qrels = {q.id: {pid: grade for pid, grade in self.qrels.get(q.id, {}).items() if pid in kept} for q in queries}
         return Corpus(self.name, passages, queries, qrels, self.notes)
 
     def require_both_sides(self, public_owners: Iterable[str]) -> tuple[Corpus, Corpus]:
@@ -101,14 +99,16 @@ class Corpus:
         public = set(public_owners)
         if unknown := public - set(self.owners):
             raise DataError(
-                f"public owners {sorted(unknown)} do not occur in corpus {self.name!r}: its owners are {list(self.owners)[:12]}"
+                f"public owners {sorted(unknown)} do not occur in corpus {self.name!r}: "
+                f"its owners are {list(self.owners)[:12]}"
             )
         sides = self.restrict(public.__contains__), self.restrict(lambda owner: owner not in public)
         for side, corpus in zip(("public", "private"), sides, strict=True):
             if not corpus.queries_in("train") or not corpus.passages:
+                queries = len(corpus.queries_in("train"))
                 raise DataError(
-                    f"the {side} side of corpus {self.name!r} has {len(corpus.queries_in('train'))} training queries and "
-                    f"{len(corpus.passages)} passages: choose other public owners (corpus.public_owners) among {list(self.owners)[:12]}"
+                    f"the {side} side of corpus {self.name!r} has {queries} training queries and {len(corpus.passages)} "
+                    f"passages: choose other public owners (corpus.public_owners) among {list(self.owners)[:12]}"
                 )
         return sides
 

@@ -27,7 +27,11 @@ class Randomness:
 
     def __init__(self, *, seed: str | None = None) -> None:
         self.seeded = seed is not None
-        key = secrets.token_bytes(32) if seed is None else hashlib.sha256(f"stillroom randomness {seed}".encode()).digest()
+        key = (
+            secrets.token_bytes(32)
+            if seed is None
+            else hashlib.sha256(f"stillroom randomness {seed}".encode()).digest()
+        )
         self._cipher = Cipher(ChaCha20(key, bytes(16)), mode=None).encryptor()
         self._pool = 0
         self._pool_bits = 0

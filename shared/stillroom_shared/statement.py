@@ -61,7 +61,8 @@ class PrivacyStatement(BaseModel):
         observers = self.against[OBSERVERS]
         sentences = [
             f"The unit of protection is one user: everything on one of {self.devices:,} enrolled devices.",
-            f"Against {READERS}, {self.rounds} round{'s' * (self.rounds != 1)} cost {_figure(self.epsilon['PLD'], self.delta, READERS)}:",
+            f"Against {READERS}, {self.rounds} round{'s' * (self.rounds != 1)} cost "
+            f"{_figure(self.epsilon['PLD'], self.delta, READERS)}:",
             "whatever somebody concludes from the released models, they would have concluded almost as likely had the "
             f"device contributed nothing; the factor is at most e to the {self.epsilon['PLD']:.2f}, "
             f"but for a chance of {self.delta:.1e}.",
@@ -71,7 +72,9 @@ class PrivacyStatement(BaseModel):
             "never queries, documents or embeddings.",
         ]
         if self.rehearsal:
-            sentences.append("Rehearsal: the randomness came from a known seed, so none of this binds anybody who knows it.")
+            sentences.append(
+                "Rehearsal: the randomness came from a known seed, so none of this binds anybody who knows it."
+            )
         return " ".join(sentences)
 
 
