@@ -1,0 +1,251 @@
+"""A federation's rounds: sample, charge, broadcast, sum, add noise, step. The heart of the operator's side.
+
+`Coordinator.run` reads like the algorithm (DP-FedAvg with user-level central noise: McMahan et al. 2018, arXiv 1710.06963,
+with a fixed denominator and Poisson cohorts). It resumes from its checkpoint; a round that was charged but not finished is
+tried again and charged again.
+
+Guarantees:
+    - The spend of a round is durable before any device is asked.
+    - Whether and what a round releases does not depend on who answers: silence, an error, a malformed, oversized or
+      non-finite update all count as the zero vector, and the denominator is fixed.
+    - Each enrolled name takes part at most once in a round, whatever nodes claim that name.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+from flwr.app import Message, RecordDict
+from flwr.serverapp import Grid
+
+from stillroom_server.cohort import poisson_cohort
+from stillroom_server.optimizer import OptimizerState
+from stillroom_server.plan import Plan
+from stillroom_shared.adapter import Adapter
+from stillroom_shared.errors import BudgetError, ProtocolError
+from stillroom_shared.ledger import Ledger
+from stillroom_shared.mechanism import Mechanism, Total
+from stillroom_shared.protocol import ENROL, TRAIN, RoundOrder, order_message, read_enrolment, read_update
+from stillroom_shared.randomness import Randomness
+from stillroom_shared.release import Release, open_release, seal_adapter
+from stillroom_shared.signing import SigningKey
+from stillroom_shared.statement import PrivacyStatement, statement
+
+LEDGER_FILE = "ledger.sqlite3"
+KEY_FILE = "coordinator.key"
+ADAPTERS_FOLDER = "adapters"
+_STATE_FILE = "state.npz"
+_POLL_SECONDS = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundReport:
+    """What the operator sees of a finished round; computed from public values and the released update only."""
+
+    round: int
+    rounds: int
+    update_norm: float
+
+
+class Coordinator:
+    """One federation in one home folder: plan, key, ledger, checkpoint. Use as a context manager."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        self.plan = Plan.load(home)
+        self.key = _load_or_make_key(home / KEY_FILE)
+        self.release: Release = open_release(home / self.plan.release_folder, trusted_key=None)
+        self.spec = self.release.adapter_spec
+        about = {"federation": self.plan.federation, "plan": self.plan.content_hash}
+        self.ledger = Ledger.create(home / LEDGER_FILE, key=self.key, about=about)
+        self.state = _load_state(home / _STATE_FILE, self.spec.size)
+
+    @property
+    def finished(self) -> bool:
+        """Whether every planned round has been released."""
+        return len(self.state.history) >= self.plan.rounds
+
+    @property
+    def adapter(self) -> Adapter:
+        """The adapter to publish: the optimizer's average or last iterate."""
+        return self.adapter_after(len(self.state.history))
+
+    def adapter_after(self, rounds: int) -> Adapter:
+        """What `adapter` was after so many rounds; all of it has been released already."""
+        return Adapter(self.spec, self.plan.optimizer.released_after(self.state, rounds).astype(np.float32))
+
+    def run(self, grid: Grid, on_round: Callable[[RoundReport], None] = lambda report: None) -> None:
+        """Run the rounds that are left, then seal the adapter with its statement.
+
+        Stops early, without error, when a retried round used up the budget: what was released stays released.
+        """
+        online: set[int] = set()
+        while not self.finished:
+            if (now := wait_for_nodes(grid, self.plan)) != online:
+                online, nodes = now, enrolled_nodes(grid, self.plan)
+            try:
+                norm = self._round(grid, nodes)
+            except BudgetError as error:
+                self.ledger.record({"stopped": str(error)})
+                break
+            on_round(RoundReport(round=len(self.state.history), rounds=self.plan.rounds, update_norm=norm))
+        self.publish()
+
+    @property
+    def published(self) -> Path:
+        """Where the adapter after the rounds so far is, or will be, sealed."""
+        return self.home / ADAPTERS_FOLDER / f"round-{len(self.state.history):04d}"
+
+    def publish(self) -> None:
+        """Seal the released adapter beside the statement that covers every charge so far; once for each round."""
+        if self.published.exists():
+            return
+        seal_adapter(
+            self.published,
+            self.adapter,
+            release_id=self.release.id,
+            round=len(self.state.history),
+            statement=self.statement().model_dump(mode="json"),
+            key=self.key,
+        )
+
+    def statement(self) -> PrivacyStatement:
+        """What has been spent, from the ledger's events."""
+        return statement(
+            self.ledger.events(),
+            delta=self.plan.delta,
+            devices=len(self.plan.enrolled),
+            sampling_rate=self.plan.sampling_rate,
+            clip_norm=self.plan.clip_norm,
+            rehearsal=self.plan.rehearsal,
+        )
+
+    def _round(self, grid: Grid, nodes: Mapping[str, int]) -> float:
+        """One attempt at the next round; returns the norm of the released update."""
+        order = self._next_order()
+        mechanism = order.build_mechanism()
+        adapter = Adapter(self.spec, self.state.iterate.astype(np.float32))
+
+        charged = {"round": order.round, "attempt": order.attempt}
+        self.ledger.spend(mechanism.event(), budget=self.plan.budget, purpose=charged)
+        cohort = poisson_cohort(self.plan.enrolled, self.plan.sampling_rate, self._randomness("cohort", order))
+        replies = _ask(grid, [nodes[name] for name in cohort if name in nodes], order, adapter, self.plan)
+        total = sum_updates(replies, mechanism)
+        update = mechanism.release(total, self._randomness("noise", order))
+        self.state = self.plan.optimizer.step(self.state, update)
+        _save_state(self.home / _STATE_FILE, self.state)
+        return float(np.linalg.norm(update))
+
+    def _next_order(self) -> RoundOrder:
+        number = len(self.state.history) + 1
+        charges = [row.fields["purpose"] for row in self.ledger.rows() if row.kind == "spend"]
+        attempt = 1 + sum(charge["round"] == number for charge in charges)
+        return self.plan.order(round_number=number, attempt=attempt, release=self.release.id, dimension=self.spec.size)
+
+    def _randomness(self, use: str, order: RoundOrder) -> Randomness:
+        if self.plan.seed is None:
+            return Randomness()
+        return Randomness(seed=f"{self.plan.seed}/{use}/{order.round}/{order.attempt}")
+
+    def close(self) -> None:
+        """Close the ledger."""
+        self.ledger.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def wait_for_nodes(grid: Grid, plan: Plan) -> set[int]:
+    """The nodes that are online, once there are at least `plan.wait_for_nodes`: noise over nobody would waste budget.
+
+    Raises `ProtocolError` when they do not come within the reply timeout.
+    """
+    patience = time.monotonic() + plan.reply_timeout_seconds
+    while len(nodes := set(grid.get_node_ids())) < plan.wait_for_nodes:
+        if time.monotonic() > patience:
+            raise ProtocolError(
+                f"{len(nodes)} of {plan.wait_for_nodes} awaited nodes are online after {plan.reply_timeout_seconds:.0f} s: "
+                "start the devices, or lower wait_for_nodes in the plan"
+            )
+        time.sleep(_POLL_SECONDS)
+    return nodes
+
+
+def enrolled_nodes(grid: Grid, plan: Plan) -> dict[str, int]:
+    """Which node answers for which enrolled name; a name that two nodes claim goes to the lower node id."""
+    questions = [
+        Message(RecordDict(), dst_node_id=node, message_type=ENROL, group_id="enrol")
+        for node in sorted(grid.get_node_ids())
+    ]
+    found: dict[str, int] = {}
+    enrolled = set(plan.enrolled)
+    for reply in grid.send_and_receive(questions, timeout=plan.reply_timeout_seconds):
+        if reply.has_error():
+            continue
+        try:
+            name = read_enrolment(reply.content)
+        except ProtocolError:
+            continue
+        node = reply.metadata.src_node_id
+        if name in enrolled:
+            found[name] = min(node, found.get(name, node))
+    return found
+
+
+def sum_updates(replies: Iterable[Message], mechanism: Mechanism) -> Total:
+    """The exact sum of the admissible updates, (dimension,) int64; each node counts once, everything else is zero."""
+    total = np.zeros(mechanism.dimension, np.int64)
+    answered: set[int] = set()
+    for reply in replies:
+        node = reply.metadata.src_node_id
+        if reply.has_error() or node in answered:
+            continue
+        answered.add(node)
+        try:
+            update = read_update(reply.content)
+        except ProtocolError:
+            continue
+        if mechanism.admit(update):
+            total += update
+    return total
+
+
+def _ask(grid: Grid, nodes: list[int], order: RoundOrder, adapter: Adapter, plan: Plan) -> Iterable[Message]:
+    content = order_message(order, adapter)
+    messages = [Message(content, dst_node_id=node, message_type=TRAIN, group_id=str(order.round)) for node in nodes]
+    return grid.send_and_receive(messages, timeout=plan.reply_timeout_seconds)
+
+
+def _load_or_make_key(path: Path) -> SigningKey:
+    if not path.exists():
+        SigningKey.generate().save(path)
+    return SigningKey.load(path)
+
+
+def _save_state(path: Path, state: OptimizerState) -> None:
+    """Write, sync, rename: a checkpoint is whole or absent."""
+    partial = path.with_suffix(".partial.npz")
+    with partial.open("wb") as file:
+        np.savez(file, **vars(state))
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def _load_state(path: Path, size: int) -> OptimizerState:
+    if not path.exists():
+        return OptimizerState.start(np.zeros(size))
+    with np.load(path, allow_pickle=False) as arrays:
+        return OptimizerState(**{name: arrays[name] for name in ("iterate", "velocity", "history")})

@@ -1,0 +1,126 @@
+"""The plan of a federation: every public constant of its rounds, fixed before the first one.
+
+What the accountant relies on (enrolled devices, sampling rate, noise, clip norm, number of rounds, budget) stands here and
+nowhere else; the ledger's genesis row holds the plan's hash, so a plan changed midway is noticed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from stillroom_server.optimizer import ServerOptimizer
+from stillroom_shared.errors import SettingsError
+from stillroom_shared.ledger import Budget
+from stillroom_shared.mechanism import MechanismName
+from stillroom_shared.protocol import RoundOrder
+
+PLAN_FILE = "plan.json"
+
+
+class Plan(BaseModel):
+    """Frozen; written once as `plan.json` into the coordinator's home.
+
+    Attributes:
+        federation: name that devices joined.
+        release_folder: the release whose query tower learns; relative paths start at the coordinator's home.
+        enrolled: names of all enrolled devices; their number is public and is the N of the accounting.
+        rounds: number of releases to make.
+        budget_epsilon: the most epsilon (user level, at `delta`, against readers of releases) ever to be spent.
+        wait_for_nodes: how many nodes must be online before a round is charged; who is online is no private data.
+        seed: fixes all randomness; allowed only in a rehearsal, whose statements promise nothing.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    federation: str = Field(min_length=1)
+    release_folder: Path
+    enrolled: tuple[str, ...] = Field(min_length=1)
+    mechanism: MechanismName
+    rounds: int = Field(ge=0)
+    sampling_rate: float = Field(gt=0, le=1)
+    clip_norm: float | None = Field(default=None, gt=0)
+    noise_multiplier: float | None = Field(default=None, gt=0)
+    budget_epsilon: float | None = Field(default=None, gt=0)
+    delta: float = Field(gt=0, lt=1)
+    local_steps: int = Field(ge=1)
+    local_learning_rate: float = Field(gt=0)
+    temperature: float = Field(gt=0)
+    candidates: int = Field(ge=2)
+    server_learning_rate: float = Field(gt=0)
+    momentum: float = Field(ge=0, lt=1)
+    averaging: float = Field(ge=0, le=1)
+    reply_timeout_seconds: float = Field(default=600.0, gt=0)
+    wait_for_nodes: int = Field(default=1, ge=0)
+    rehearsal: bool = False
+    seed: str | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.seed is not None and not self.rehearsal:
+            raise ValueError("seed: noise from a known seed protects nobody; remove it, or set rehearsal = true")
+        if len(set(self.enrolled)) != len(self.enrolled):
+            raise ValueError("enrolled: a name occurs twice, and a device that is sampled twice breaks the sensitivity")
+        if self.mechanism != "none" and None in (self.clip_norm, self.noise_multiplier, self.budget_epsilon):
+            raise ValueError(f"mechanism {self.mechanism!r} needs clip_norm, noise_multiplier and budget_epsilon")
+        return self
+
+    @property
+    def content_hash(self) -> str:
+        """SHA-256 of the plan, for the ledger's genesis row."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+
+    @property
+    def budget(self) -> Budget | None:
+        """The budget that every spend is checked against; None for the non-private baseline."""
+        return Budget(epsilon=self.budget_epsilon, delta=self.delta) if self.budget_epsilon is not None else None
+
+    @property
+    def optimizer(self) -> ServerOptimizer:
+        """The server's optimizer."""
+        return ServerOptimizer(
+            learning_rate=self.server_learning_rate, momentum=self.momentum, averaging=self.averaging
+        )
+
+    def order(self, *, round_number: int, attempt: int, release: str, dimension: int) -> RoundOrder:
+        """What devices are told in one attempt at one round."""
+        return RoundOrder(
+            federation=self.federation,
+            release=release,
+            round=round_number,
+            attempt=attempt,
+            mechanism=self.mechanism,
+            clip_norm=self.clip_norm,
+            noise_multiplier=self.noise_multiplier,
+            sampling_rate=self.sampling_rate,
+            devices=len(self.enrolled),
+            dimension=dimension,
+            steps=self.local_steps,
+            learning_rate=self.local_learning_rate,
+            temperature=self.temperature,
+            candidates=self.candidates,
+        )
+
+    def save(self, home: Path) -> None:
+        """Write `plan.json`; an existing different plan is refused, because its ledger relies on it."""
+        home.mkdir(parents=True, exist_ok=True)
+        path = home / PLAN_FILE
+        if path.exists() and Plan.load(home) != self:
+            raise SettingsError(f"{path} holds another plan: finish or remove that federation, or use another home")
+        path.write_text(self.model_dump_json(indent=2) + "\n")
+
+    @classmethod
+    def load(cls, home: Path) -> Plan:
+        """Read `plan.json`; `SettingsError` names the field that does not fit."""
+        path = home / PLAN_FILE
+        try:
+            return cls.model_validate_json(path.read_text())
+        except FileNotFoundError as error:
+            raise SettingsError(f"no plan at {path}: write one with Plan.save") from error
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"])) or "plan"
+            raise SettingsError(f"{path}: {where}: {first['msg']} (got {str(first['input'])[:80]})") from error

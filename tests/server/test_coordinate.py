@@ -1,0 +1,241 @@
+"""The round as a whole: sensitivity on neighbouring data, what is charged when, and what counts as zero."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from flwr.app import Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+from stillroom_server.app import HOME_KEY, server_app
+from stillroom_server.coordinate import KEY_FILE, LEDGER_FILE, Coordinator
+from stillroom_server.plan import Plan
+from stillroom_shared.accounting import epsilon
+from stillroom_shared.errors import SettingsError
+from stillroom_shared.ledger import Ledger
+from stillroom_shared.mechanism import RESOLUTION
+from stillroom_shared.protocol import enrolment_message, read_order, update_message
+from stillroom_shared.release import Release
+from stillroom_shared.signing import SigningKey
+from stillroom_simulations.engine import InProcessGrid, run_server_app
+
+Behaviour = Callable[[Message, Context], Message]
+DEVICES = 6
+
+
+def honest(scale: float) -> Behaviour:
+    """A device whose raw update is the same in every coordinate."""
+
+    def answer(message: Message, context: Context) -> Message:
+        order, adapter = read_order(message.content)
+        raw = np.full(adapter.spec.size, scale, np.float32)
+        return Message(update_message(order.build_mechanism().bound(raw)), reply_to=message)
+
+    return answer
+
+
+def app_of(behaviours: dict[str, Behaviour]) -> ClientApp:
+    app = ClientApp()
+
+    @app.query("enrol")
+    def enrol(message: Message, context: Context) -> Message:
+        return Message(enrolment_message(str(context.node_config["name"])), reply_to=message)
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        return behaviours[str(context.node_config["name"])](message, context)
+
+    return app
+
+
+@pytest.fixture
+def make_home(tmp_path: Path, tiny_release: Release, signing_key: SigningKey) -> Callable[..., Path]:
+    def make(name: str = "federation", **changes: object) -> Path:
+        fields: dict[str, object] = {
+            "federation": "test", "release_folder": tiny_release.folder, "enrolled": tuple(f"d{i}" for i in range(DEVICES)),
+            "mechanism": "central", "rounds": 2, "sampling_rate": 0.5, "clip_norm": 1.0, "noise_multiplier": 3.0,
+            "budget_epsilon": 50.0, "delta": 1e-4, "local_steps": 1, "local_learning_rate": 1.0, "temperature": 0.05,
+            "candidates": 4, "server_learning_rate": 1.0, "momentum": 0.0, "averaging": 0.0, "rehearsal": True, "seed": "s",
+        }  # fmt: skip
+        home = tmp_path / name
+        Plan(**(fields | changes)).save(home)  # type: ignore[arg-type]
+        signing_key.save(home / KEY_FILE)
+        return home
+
+    return make
+
+
+def run(home: Path, behaviours: dict[str, Behaviour]) -> np.ndarray:
+    """The iterate after all rounds."""
+    nodes = {number: {"name": name} for number, name in enumerate(behaviours, start=2)}
+    grid = InProcessGrid(client_app=app_of(behaviours), nodes=nodes, run_config={HOME_KEY: str(home)})
+    run_server_app(server_app(), grid)
+    with Coordinator(home) as coordinator:
+        return coordinator.state.iterate
+
+
+def everybody(**different: Behaviour) -> dict[str, Behaviour]:
+    return {f"d{i}": honest(0.01 * (i + 1)) for i in range(DEVICES)} | different
+
+
+def test_zeroing_one_device_moves_the_release_by_at_most_the_sensitivity(make_home: Callable[..., Path]) -> None:
+    """Neighbouring populations, same randomness: the released sums differ by one bounded update, and by a whole one."""
+    options = {"rounds": 1, "sampling_rate": 1.0}
+    huge, zero = everybody(d3=honest(1e6)), everybody(d3=honest(0.0))
+    difference = run(make_home("with", **options), huge) - run(make_home("without", **options), zero)
+    in_steps = difference * DEVICES * RESOLUTION  # clip norm 1, denominator 6
+    norm = float(np.linalg.norm(in_steps))
+    assert norm <= RESOLUTION * (1 + 1e-9)
+    assert norm > 0.999 * RESOLUTION, "the bound is never reached: the test would pass for any clip norm"
+
+
+@pytest.mark.parametrize("kind", ["raises", "wrong type", "too long", "too large", "extra record", "silent"])
+def test_whatever_a_device_does_counts_as_zero(make_home: Callable[..., Path], kind: str) -> None:
+    """An update that is dropped with its weight, or that aborts the round, makes the release depend on who failed."""
+
+    def misbehave(message: Message, context: Context) -> Message:
+        order, adapter = read_order(message.content)
+        size = adapter.spec.size
+        if kind == "raises":
+            raise RuntimeError("private text")
+        if kind == "wrong type":
+            return Message(update_message(np.ones(size, np.float64)), reply_to=message)  # type: ignore[arg-type]
+        if kind == "too long":
+            return Message(update_message(np.ones(size + 1, np.int32)), reply_to=message)
+        if kind == "too large":
+            return Message(update_message(np.full(size, RESOLUTION, np.int32)), reply_to=message)
+        content = update_message(np.ones(size, np.int32))
+        content["more"] = content["update"]
+        return Message(content, reply_to=message)
+
+    options = {"rounds": 1, "sampling_rate": 1.0}
+    expected = run(make_home("zero", **options), everybody(d3=honest(0.0)))
+    behaviours = everybody(d3=misbehave)
+    if kind == "silent":
+        del behaviours["d3"]
+    np.testing.assert_array_equal(run(make_home("odd", **options), behaviours), expected)
+
+
+def test_an_empty_cohort_releases_noise_at_the_same_cost(make_home: Callable[..., Path]) -> None:
+    """Skipping the round when nobody was sampled would tell readers that nobody was."""
+    home = make_home(rounds=1, sampling_rate=1e-9)
+    iterate = run(home, everybody())
+    assert np.linalg.norm(iterate) > 0
+    with Coordinator(home) as coordinator:
+        assert len(coordinator.ledger.events()) == 1
+
+
+def test_the_spend_is_durable_before_any_device_is_asked(make_home: Callable[..., Path]) -> None:
+    """A ledger written after the round misses every round that crashes."""
+    home = make_home(rounds=1, sampling_rate=1.0)
+    seen: list[int] = []
+
+    def look(message: Message, context: Context) -> Message:
+        with Ledger.open(home / LEDGER_FILE) as ledger:
+            seen.append(len(ledger.events()))
+        return honest(0.1)(message, context)
+
+    run(home, everybody(d0=look))
+    assert seen == [1]
+
+
+def test_a_crash_between_spend_and_release_leaves_the_spend_and_the_retry_is_charged(
+    make_home: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody can know whether a crashed round was seen, so it must not be free to try again."""
+    home = make_home(rounds=1)
+    with monkeypatch.context() as patched:
+        patched.setattr("stillroom_server.coordinate._save_state", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run(home, everybody())
+    with Coordinator(home) as coordinator:
+        assert len(coordinator.ledger.events()) == 1
+        assert not coordinator.finished
+    run(home, everybody())
+    with Coordinator(home) as coordinator:
+        purposes = [row.fields["purpose"] for row in coordinator.ledger.rows() if row.kind == "spend"]
+        assert purposes == [{"round": 1, "attempt": 1}, {"round": 1, "attempt": 2}]
+        assert coordinator.statement().rounds == 2
+
+
+def test_a_round_over_the_budget_is_not_run(make_home: Callable[..., Path]) -> None:
+    """A budget that is only reported after the fact protects nobody."""
+    plan = Plan.load(make_home("probe"))
+    event = plan.order(round_number=1, attempt=1, release="r", dimension=10).build_mechanism().event()
+    home = make_home(rounds=5, budget_epsilon=epsilon([event] * 2, plan.delta) + 0.01)
+    run(home, everybody())
+    with Coordinator(home) as coordinator:
+        assert len(coordinator.state.history) == len(coordinator.ledger.events()) == 2
+        notes = [row.fields for row in coordinator.ledger.rows() if row.kind == "note"]
+        assert "budget" in notes[-1]["stopped"]
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(make_home: Callable[..., Path]) -> None:
+    """State that lives only in memory (momentum, averages) is lost by a restart without anybody noticing."""
+    options = {"rounds": 4, "momentum": 0.9, "averaging": 0.5}
+    straight = run(make_home("straight", **options), everybody())
+    home = make_home("resumed", **options)
+    rounds = 0
+
+    def stop_in_round_three(message: Message, context: Context) -> Message:
+        nonlocal rounds
+        order, _ = read_order(message.content)
+        rounds = order.round
+        return honest(0.01)(message, context)
+
+    class Stop(Exception):
+        pass
+
+    def on_round(report: object) -> None:
+        if len_history() == 2:
+            raise Stop
+
+    def len_history() -> int:
+        with Coordinator(home) as coordinator:
+            return len(coordinator.state.history)
+
+    nodes = {number: {"name": f"d{number - 2}"} for number in range(2, 2 + DEVICES)}
+    grid = InProcessGrid(client_app=app_of(everybody(d0=stop_in_round_three)), nodes=nodes, run_config={HOME_KEY: str(home)})
+    with pytest.raises(Stop):
+        run_server_app(server_app(on_round), grid)
+    np.testing.assert_allclose(run(home, everybody()), straight, rtol=1e-12)
+
+
+def test_two_nodes_with_one_name_count_once(make_home: Callable[..., Path]) -> None:
+    """A device that enrols twice would double its sensitivity."""
+    options = {"rounds": 1, "sampling_rate": 1.0}
+    single = run(make_home("single", **options), everybody())
+    home = make_home("double", **options)
+    names = [f"d{i}" for i in range(DEVICES)]
+    nodes = {number: {"name": name} for number, name in enumerate([*names, "d3"], start=2)}
+    grid = InProcessGrid(client_app=app_of(everybody()), nodes=nodes, run_config={HOME_KEY: str(home)})
+    run_server_app(server_app(), grid)
+    with Coordinator(home) as coordinator:
+        np.testing.assert_array_equal(coordinator.state.iterate, single)
+
+
+def test_a_seed_needs_a_rehearsal(make_home: Callable[..., Path]) -> None:
+    """Noise from a seed in a settings file can be subtracted by whoever reads the file."""
+    with pytest.raises(ValueError, match="rehearsal"):
+        make_home(rehearsal=False)
+    home = make_home("marked", rounds=1)
+    run(home, everybody())
+    with Coordinator(home) as coordinator:
+        assert "known seed" in coordinator.statement().paragraph()
+
+
+def test_a_plan_is_not_changed_under_a_running_federation(make_home: Callable[..., Path]) -> None:
+    """Less noise from round three on, with the ledger of rounds one and two."""
+    home = make_home()
+    with pytest.raises(SettingsError, match="holds another plan"):
+        Plan.load(home).model_copy(update={"noise_multiplier": 0.1}).save(home)
+
+
+def test_an_unreadable_message_does_not_stop_the_round(make_home: Callable[..., Path]) -> None:
+    """An empty reply is what a device of another version sends."""
+    options = {"rounds": 1, "sampling_rate": 1.0}
+    expected = run(make_home("zero", **options), everybody(d2=honest(0.0)))
+    empty = everybody(d2=lambda message, context: Message(RecordDict(), reply_to=message))
+    np.testing.assert_array_equal(run(make_home("empty", **options), empty), expected)
