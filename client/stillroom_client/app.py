@@ -1,0 +1,117 @@
+"""The Flower `ClientApp` of a device. The same object runs in-process, on Ray and on a SuperNode.
+
+The node configuration holds `device-home`. A device answers with a bounded vector of fixed length and nothing else; when it
+declines, has nothing to learn from, or fails, that vector is zero, so that silence tells nothing (DESIGN section 4, rule 2).
+
+Flower's deployment engine starts a process for every message, so what only training needs is imported when it trains.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+from numpy.typing import NDArray
+
+from stillroom_client.participation import take_part
+from stillroom_shared.adapter import Adapter, AdapterSpec
+from stillroom_shared.errors import ProtocolError
+from stillroom_shared.protocol import RoundOrder, enrolment_message, read_order, update_message
+
+if TYPE_CHECKING:
+    from stillroom_client.training import LocalWork, Trainer
+
+HOME_KEY = "device-home"
+# Flower sends the type and text of an exception to the coordinator: neither may quote anything of this device.
+_SAYS_NOTHING = "this device cannot answer; its own log says why"
+_log = logging.getLogger(__name__)
+
+
+class UpdateSource(Protocol):
+    """Computes a device's raw update, (dimension,) float32: alone, or in batches of simulated devices."""
+
+    def update(self, home: Path, order: RoundOrder, adapter: Adapter) -> NDArray[np.float32]:
+        """The change of the adapter values after the local work that the order describes."""
+        ...
+
+
+class OwnUpdates:
+    """The deployment's source: open the device, mine its records, train."""
+
+    def update(self, home: Path, order: RoundOrder, adapter: Adapter) -> NDArray[np.float32]:
+        """Train on the device's own records."""
+        from stillroom_client.device import Device
+        from stillroom_client.encoder import Encoder
+        from stillroom_client.records import mine_records
+
+        with Device.open(home) as device:
+            if device.release.id != order.release:
+                raise ProtocolError(
+                    f"round is for release {order.release[:12]}, this device holds {device.release.id[:12]}"
+                )
+            records = mine_records(device, Encoder(device.release), candidates=order.candidates)
+            return _trainer(device.release.folder, adapter.spec).update(adapter, records, local_work(order))
+
+
+def client_app(source: UpdateSource | None = None) -> ClientApp:
+    """A client app that takes its updates from `source`."""
+    app = ClientApp()
+    updates = source or OwnUpdates()
+
+    @app.query("enrol")
+    def enrol(message: Message, context: Context) -> Message:
+        from stillroom_client.device import Device
+
+        try:
+            return Message(enrolment_message(Device.name_of(_home(context))), reply_to=message)
+        except Exception:
+            _log.exception("this device cannot enrol")
+            raise ProtocolError(_SAYS_NOTHING) from None
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        try:
+            order, adapter = read_order(message.content)
+            mechanism = order.build_mechanism()
+        except Exception:
+            _log.exception("the order of a round cannot be followed")
+            raise ProtocolError(_SAYS_NOTHING) from None
+        try:
+            home = _home(context)
+            take_part(home, order)
+            delta = updates.update(home, order, adapter)
+        except Exception:  # whatever went wrong stays here: an error report would be a release nobody accounted for
+            _log.exception("round %d: this device sends a zero update", order.round)
+            delta = np.zeros(order.dimension, np.float32)
+        return Message(update_message(mechanism.bound(delta)), reply_to=message)
+
+    return app
+
+
+def local_work(order: RoundOrder) -> LocalWork:
+    """The local work that an order asks for."""
+    from stillroom_client.training import LocalWork
+
+    return LocalWork(steps=order.steps, learning_rate=order.learning_rate, temperature=order.temperature)
+
+
+def _home(context: Context) -> Path:
+    home = context.node_config.get(HOME_KEY)
+    if not home:
+        raise ProtocolError(f"node configuration lacks {HOME_KEY!r}: pass --node-config '{HOME_KEY}=\"/path\"'")
+    return Path(str(home))
+
+
+@lru_cache(maxsize=1)
+def _trainer(folder: Path, spec: AdapterSpec) -> Trainer:
+    from stillroom_client.training import Trainer
+
+    return Trainer(folder, spec)
+
+
+app = client_app()

@@ -1,0 +1,204 @@
+"""`stillroom search`, `stillroom index` and `stillroom feedback`: what the owner of a device does with it.
+
+Only typer is imported here; what a command needs is imported when it runs (`stillroom_shared.cli`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from stillroom_client.device import Device
+    from stillroom_client.store import Change
+
+Home = Annotated[Path, typer.Option(help="Home of the device.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+_BATCH = 64  # passages in one generation of `index add`: an interrupted run keeps the batches behind it
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of the client room."""
+    app.command()(search)
+    index = typer.Typer(name="index", help="Make an index, add documents, see what it holds.", no_args_is_help=True)
+    for command in (create, add, status):
+        index.command()(command)
+    app.add_typer(index)
+    feedback = typer.Typer(
+        name="feedback",
+        help="Which results you opened: kept on this device, and what it learns from.",
+        no_args_is_help=True,
+    )
+    feedback.command()(opened)
+    feedback.command("list")(list_feedback)
+    feedback.command()(erase)
+    app.add_typer(feedback)
+
+
+def search(
+    query: Annotated[str, typer.Argument(help="What you look for, in your own words.")],
+    home: Home,
+    k: Annotated[int, typer.Option("-k", min=1, help="Results to show.")] = 10,
+    as_json: AsJson = False,
+) -> None:
+    """Search the documents of a device. Nothing leaves it."""
+    from stillroom_client.device import Device
+    from stillroom_shared.errors import DataError
+
+    with Device.open(home) as device:
+        if not device.store.count():
+            raise DataError(
+                f"the index is empty: add documents with `stillroom index add PATH... {_home_option(home)}`"
+            )
+        hits = device.search(query, k)
+    if as_json:
+        _print_json([dataclasses.asdict(hit) for hit in hits])
+        return
+    from rich.console import Console
+
+    from stillroom_client.show import hits_table
+
+    Console().print(hits_table(hits, query))
+
+
+def create(
+    home: Home,
+    release: Annotated[Path, typer.Option(help="Folder of the release to search with.")],
+    trust: Annotated[
+        str | None, typer.Option(metavar="KEY", help="Public key that must have signed it, in hexadecimal.")
+    ] = None,
+) -> None:
+    """Make an empty index that searches with a release."""
+    from stillroom_client.device import Device
+
+    with Device.create(home, release, trusted_key=trust) as device:
+        typer.echo(f"{device.identity.name} is ready; it trusts key {device.identity.trusted_key}")
+    if trust is None:
+        typer.echo("The release brought that key: compare it with the one its operator published.")
+    typer.echo(f"Next: stillroom index add PATH... {_home_option(home)}")
+
+
+def add(
+    paths: Annotated[
+        list[Path], typer.Argument(help="Files (.txt, .md, BEIR .jsonl or .jsonl.gz) or folders of them.")
+    ],
+    home: Home,
+    owner: Annotated[str | None, typer.Option(help="Whose documents they are.  [default: the device's name]")] = None,
+) -> None:
+    """Index documents; what is indexed already and has not changed costs nothing."""
+    from stillroom_client.device import Device
+    from stillroom_client.reading import read_documents
+
+    with Device.open(home, threads=os.cpu_count() or 1) as device:
+        documents = read_documents(paths, owner=owner or device.identity.name)
+        change = _add_in_batches(device, [passage for document in documents for passage in document.passages])
+        outdated: list[str] = []
+        for document in documents:
+            if document.prefix is not None:
+                outdated += set(device.store.ids(document.prefix)) - {passage.id for passage in document.passages}
+        removed = device.remove(outdated)
+        device.refresh_index()
+        total = device.store.count()
+    typer.echo(
+        f"{change.added:,} added, {change.replaced:,} replaced, {change.unchanged:,} unchanged, {removed:,} removed: "
+        f"{total:,} passages"
+    )
+
+
+def status(home: Home, as_json: AsJson = False) -> None:
+    """Show what a device holds, and verify its release."""
+    from stillroom_client.device import Device
+
+    with Device.open(home) as device:
+        held = dataclasses.asdict(device.status())
+        release, adapter = device.release, device.adapter
+        held["release"] = release.id
+        held["trusted_key"] = device.identity.trusted_key
+        held["adapter_round"] = adapter.round if adapter else release.manifest.adapter_round
+    if as_json:
+        _print_json(held)
+        return
+    from stillroom_client.show import plain
+
+    owners = ", ".join(f"{plain(owner)} ({count:,})" for owner, count in list(held["owners"].items())[:8])
+    more = f" and {len(held['owners']) - 8} more" if len(held["owners"]) > 8 else ""
+    for label, value in {
+        "device": held["name"],
+        "passages": f"{held['passages']:,} of {held['dimension']} dimensions, generation {held['generation']}",
+        "owners": owners + more or "none",
+        "index": held["index"] if held["index"] == "current" else f"{held['index']}; the next search builds it",
+        "release": f"{release.id[:16]}, every file and the signature hold",
+        "signed by": held["trusted_key"],
+        "adapter": f"of round {held['adapter_round']}" if held["adapter_round"] else "none yet",
+        "feedback": f"{held['feedback']:,} opened results",
+    }.items():
+        typer.echo(f"{label:10} {value}")
+
+
+def opened(
+    query: Annotated[str, typer.Argument(help="What you searched for.")],
+    passage_id: Annotated[str, typer.Argument(help="The passage you opened, as `search` shows it.")],
+    home: Home,
+) -> None:
+    """Keep that you opened a result; the device learns from it in rounds it takes part in."""
+    from stillroom_client.device import Device
+
+    with Device.open(home) as device:
+        device.record([(query, passage_id)])
+        typer.echo(f"kept on this device: {len(device.feedback()):,} opened results")
+
+
+def list_feedback(home: Home, as_json: AsJson = False) -> None:
+    """Show which results you opened, latest last."""
+    from stillroom_client.device import Device
+
+    with Device.open(home) as device:
+        pairs = device.feedback()
+    if as_json:
+        _print_json([pair._asdict() for pair in pairs])
+        return
+    from stillroom_client.show import plain
+
+    for pair in pairs:
+        typer.echo(f"{plain(pair.query)}  ->  {plain(pair.passage_id)}")
+    if not pairs:
+        typer.echo("nothing was opened yet")
+
+
+def erase(home: Home) -> None:
+    """Forget which results you opened, on the disk too."""
+    from stillroom_client.device import Device
+
+    with Device.open(home) as device:
+        typer.echo(f"{device.erase_feedback():,} opened results erased")
+
+
+def _add_in_batches(device: Device, passages: list[Any]) -> Change:
+    from rich.console import Console
+    from rich.progress import track
+
+    from stillroom_client.store import Change
+
+    total = Change(0, 0, 0)
+    batches = range(0, len(passages), _BATCH)
+    for start in track(batches, "indexing", console=Console(stderr=True), transient=True):
+        change = device.add(passages[start : start + _BATCH])
+        total = Change(
+            *(sum(pair) for pair in zip(dataclasses.astuple(total), dataclasses.astuple(change), strict=True))
+        )
+    return total
+
+
+def _home_option(home: Path) -> str:
+    return f"--home {shlex.quote(str(home))}"
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, ensure_ascii=False, indent=1))

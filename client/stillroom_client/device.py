@@ -1,0 +1,298 @@
+"""A device: its owner's documents, their index, and the release it searches with. Nothing in it ever leaves it.
+Its files are laid out in `home.py`.
+
+Guarantees: a release is used only while signature, hashes and document tower hold, checked when it is first needed, not
+when vectors are given; what a search returns belongs to one generation of the store; kill the process at any point, and
+nothing committed is lost and nothing half-written is served. Threads and processes may share a home.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Literal, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stillroom_client.encoder import Encoder
+from stillroom_client.home import (
+    INDEX_NAME,
+    RELEASE_NAME,
+    STORE_NAME,
+    Identity,
+    adapter_in_use,
+    create_home,
+    replace_adapter,
+)
+from stillroom_client.index import Fault, VectorIndex
+from stillroom_client.store import Change, Feedback, Generation, Store
+from stillroom_shared.corpus import Passage
+from stillroom_shared.errors import ReleaseError
+from stillroom_shared.release import Release, SealedAdapter, open_release
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """A passage that was found. `score` is the cosine of the query's and the passage's vectors; ranks begin at 1."""
+
+    rank: int
+    score: float
+    passage_id: str
+    owner: str
+    title: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """What a device holds. `index` is "current", or why it will be built before the next search."""
+
+    name: str
+    generation: int
+    passages: int
+    owners: dict[str, int]
+    dimension: int
+    index: Literal["current"] | Fault
+    feedback: int
+
+
+class Device:
+    """An open home; `Device.create` makes one, `Device.open` opens one, and both serve as context managers.
+
+    Methods that take or return vectors use float32 rows of norm 1, (n, dim).
+    """
+
+    def __init__(self, home: Path, identity: Identity, store: Store, *, threads: int) -> None:
+        self.home = home
+        self.identity = identity
+        self.store = store
+        self._threads = threads
+        self._index: VectorIndex | None = None
+        self._release: Release | None = None
+        self._encoder: Encoder | None = None
+        self._lock = threading.RLock()
+
+    @classmethod
+    def create(
+        cls, home: Path, release: Path | Release, *, trusted_key: str | None = None, link: bool = False, name: str = ""
+    ) -> Device:
+        """Make an empty device in a new folder and open it.
+
+        Args:
+            release: its folder, verified here; or one that was opened before, so that a thousand simulated devices
+                verify it once.
+            trusted_key: the operator's public key. Without it the key that signed this release is trusted from now on.
+            link: point to the release instead of copying it; for simulations.
+            name: of the device; the folder's own name by default.
+
+        Raises:
+            DataError: `home` exists and is not empty.
+            ReleaseError: the release does not verify or is signed by another key.
+        """
+        source = release if isinstance(release, Release) else open_release(release, trusted_key=trusted_key)
+        if trusted_key not in (None, source.manifest.public_key):
+            raise ReleaseError(
+                f"release {source.id} is signed by key {source.manifest.public_key}, but the trusted key is "
+                f"{trusted_key}: name a release of the trusted operator"
+            )
+        create_home(home, source, link=link, name=name or home.resolve().name)
+        return cls.open(home)
+
+    @classmethod
+    def open(cls, home: Path, *, threads: int = 1, release: Release | None = None) -> Device:
+        """Open a home; `DataError` when this is no home of a device.
+
+        Args:
+            threads: for the encoder.
+            release: the one this home links to, verified before, so that a thousand simulated devices verify it once.
+        """
+        device = cls(home, Identity.load(home), Store(home / STORE_NAME), threads=threads)
+        if release is not None:
+            trusted = release.manifest.public_key == device.identity.trusted_key
+            if not trusted or release.folder != (home / RELEASE_NAME).resolve():
+                raise ReleaseError(
+                    f"{release.folder} is not the release that {home} links to: open the home without it"
+                )
+            device._release = device._fitting(release)
+        return device
+
+    @staticmethod
+    def name_of(home: Path) -> str:
+        """The name of the device that lives in `home`."""
+        return Identity.load(home).name
+
+    @property
+    def release(self) -> Release:
+        """The release, verified on first use; `ReleaseError` when it does not hold or its document tower is another."""
+        with self._lock:
+            if self._release is None:
+                self._release = self._fitting(
+                    open_release(self.home / RELEASE_NAME, trusted_key=self.identity.trusted_key)
+                )
+            return self._release
+
+    def _fitting(self, release: Release) -> Release:
+        """The release, if the index was built with its document tower."""
+        if release.document_tower_hash != self.identity.document_tower_hash:
+            raise ReleaseError(
+                f"release {release.id} has document tower {release.document_tower_hash}, the index in {self.home} "
+                f"was built with {self.identity.document_tower_hash}: re-index the documents in a new home "
+                "(`stillroom index create`, then `stillroom index add`), or restore the earlier release"
+            )
+        return release
+
+    @property
+    def adapter(self) -> SealedAdapter | None:
+        """The adapter in use, verified against the release; None before the first."""
+        return adapter_in_use(self.home, self.release, self.identity.trusted_key)
+
+    @property
+    def encoder(self) -> Encoder:
+        """The release's towers in int8 with the adapter in use, loaded on first use."""
+        with self._lock:
+            if self._encoder is None:
+                sealed = self.adapter
+                self._encoder = Encoder(
+                    self.release, precision="int8", threads=self._threads, adapter=sealed.adapter if sealed else None
+                )
+            return self._encoder
+
+    def add(self, passages: Iterable[Passage], vectors: NDArray[np.float32] | None = None) -> Change:
+        """Add or replace passages as one generation; one that is stored already is neither embedded nor touched.
+
+        Args:
+            vectors: of the release's document tower, (passages, dim); embedded here without them.
+        """
+        wanted = list(passages)
+        if vectors is not None:
+            return self.store.put(wanted, vectors)
+        if not (fresh := self.store.changed(wanted)):
+            return Change(0, 0, len(wanted))
+        change = self.store.put(fresh, self.encoder.encode_documents([passage.full_text for passage in fresh]))
+        return Change(change.added, change.replaced, len(wanted) - change.added - change.replaced)
+
+    def remove(self, ids: Iterable[str]) -> int:
+        """Remove passages with their vectors and feedback; how many there were."""
+        return self.store.remove(ids)
+
+    def has(self, passage_id: str) -> bool:
+        """Whether a passage of this id is stored."""
+        return self.store.has(passage_id)
+
+    def search(self, text: str, k: int = 10) -> list[Hit]:
+        """The k passages nearest to a query, best first; fewer when the index is smaller."""
+        vectors = self.encoder.encode_queries([text])
+        with self._current_index() as index:
+            scores, rows = index.search(vectors, k)
+            found = self.store.passages(rows[0])
+        ranked = ((float(score), found[row]) for score, row in zip(scores[0], rows[0].tolist(), strict=True))
+        return [
+            Hit(rank, score, passage.id, passage.owner, passage.title, passage.text)
+            for rank, (score, passage) in enumerate(ranked, start=1)
+        ]
+
+    def search_many(self, vectors: NDArray[np.float32], k: int = 10) -> list[list[str]]:
+        """Passage ids for each of many query vectors (n, dim), best first: what evaluation needs."""
+        with self._current_index() as index:
+            _, rows = index.search(vectors, k)
+            names = self.store.names(np.unique(rows))
+        return [[names[row] for row in own] for own in rows.tolist()]
+
+    def candidates(self, vectors: NDArray[np.float32], k: int) -> tuple[list[list[str]], NDArray[np.float32]]:
+        """Passage ids, n lists of m = min(k, passages), and their stored vectors (n, m, dim), nearest first.
+
+        From the raw index, without filter or cache, each row from its own query vector alone.
+        """
+        with self._current_index() as index:
+            _, rows = index.search(vectors, k)  # (n, m)
+            known, stored = self.store.vectors(np.unique(rows))
+            names = self.store.names(known)
+        return [[names[row] for row in own] for own in rows.tolist()], stored[np.searchsorted(known, rows)]
+
+    def vectors_of(self, ids: Sequence[str]) -> NDArray[np.float32]:
+        """Stored vectors of passages (n, dim); `DataError` names the first that is not stored."""
+        with self.store.reading():
+            rows = self.store.rows(ids)
+            known, stored = self.store.vectors(np.unique(rows))
+        return stored[np.searchsorted(known, rows)]
+
+    def record(self, opened: Iterable[Feedback | tuple[str, str]]) -> None:
+        """Keep which passage was opened after which query: the training data of rounds. `DataError` if unknown."""
+        self.store.record(Feedback(*pair) for pair in opened)
+
+    def feedback(self) -> list[Feedback]:
+        """What was opened, (query, passage id), each pair once, latest last."""
+        return self.store.feedback()
+
+    def erase_feedback(self) -> int:
+        """Forget what was opened, on the disk too; how many pairs there were."""
+        return self.store.erase_feedback()
+
+    def adopt(self, folder: Path) -> SealedAdapter:
+        """Verify a published adapter and search with it from now on, also after a restart.
+
+        Raises:
+            ReleaseError: it is not for this release or not of the trusted key; the adapter before it stays in use.
+        """
+        with self._lock, self.store.writing():  # one process at a time
+            sealed = replace_adapter(self.home, folder, self.release, self.identity.trusted_key)
+            if self._encoder is not None:
+                self._encoder.adopt(sealed.adapter)
+        return sealed
+
+    def refresh_index(self) -> None:
+        """Bring the saved index up to date now, so that the next search need not."""
+        with self._current_index():
+            pass
+
+    def status(self) -> Status:
+        """What is stored, as one generation, and in what state its index is."""
+        with self.store.reading() as generation:
+            loaded = VectorIndex.load(self.home / INDEX_NAME, generation)
+            return Status(
+                name=self.identity.name,
+                generation=generation.number,
+                passages=self.store.count(),
+                owners=self.store.owners(),
+                dimension=self.store.dimension,
+                index="current" if isinstance(loaded, VectorIndex) else loaded,
+                feedback=len(self.store.feedback()),
+            )
+
+    def close(self) -> None:
+        """Give the files back."""
+        self.store.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @contextmanager
+    def _current_index(self) -> Iterator[VectorIndex]:
+        """The index of the generation that the store shows inside, loaded or built when need be."""
+        with self.store.reading() as generation:
+            if index := self._loaded(generation):
+                yield index
+                return
+        # As a writer: one process builds while the others wait for it, and nothing changes meanwhile.
+        with self.store.writing() as generation:
+            if not (index := self._loaded(generation)):
+                index = self._index = VectorIndex.build(*self.store.vectors(), generation)
+                with suppress(OSError):  # a full disk must not stop the search; the next one builds again
+                    index.save(self.home / INDEX_NAME)
+            yield index
+
+    def _loaded(self, generation: Generation) -> VectorIndex | None:
+        if self._index is None or self._index.generation != generation:
+            found = VectorIndex.load(self.home / INDEX_NAME, generation)
+            self._index = found if isinstance(found, VectorIndex) else None
+        return self._index

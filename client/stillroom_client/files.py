@@ -1,0 +1,55 @@
+"""Files of a device's home: readable by their owner only, replaced in one step, durable when the call returns."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def replace_file(path: Path, *parts: bytes) -> None:
+    """Write a file (mode 0600) in place of what was there: a crash leaves the old content or the new, never a mixture.
+
+    One caller at a time for each path. A leftover of a crash, `path` with `.partial` added, is overwritten.
+    """
+    partial = path.with_name(f"{path.name}.partial")
+    with open(os.open(partial, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600), "wb") as file:
+        file.writelines(parts)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+    sync(path.parent)
+
+
+@contextmanager
+def private_folder(folder: Path) -> Iterator[Path]:
+    """A temporary sibling to fill, which becomes `folder` (0700, files 0600) at the end, or vanishes with an exception.
+
+    `OSError` when `folder` exists and is not empty.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
+    try:
+        yield partial
+        for root, _, names in os.walk(partial):
+            for name in names:
+                os.chmod(Path(root, name), 0o600)
+                sync(Path(root, name))
+            os.chmod(root, 0o700)
+            sync(Path(root))
+        partial.rename(folder)
+        sync(folder.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)  # gone already when the rename succeeded
+
+
+def sync(path: Path) -> None:
+    """Make a file's content, or a folder's list of names, survive a power failure."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

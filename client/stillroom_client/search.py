@@ -1,0 +1,13 @@
+"""Search on a device: the public face of the client room.
+
+Importing it loads neither torch nor transformers nor flwr, and takes under a second.
+"""
+
+from __future__ import annotations
+
+from stillroom_client.device import Device as Device
+from stillroom_client.device import Hit as Hit
+from stillroom_client.device import Status as Status
+from stillroom_client.encoder import Encoder as Encoder
+from stillroom_client.store import Change as Change
+from stillroom_client.store import Feedback as Feedback

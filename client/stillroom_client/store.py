@@ -1,0 +1,300 @@
+"""SQLite is the truth of a device: its passages, their vectors, and which results its owner opened.
+
+Everything else in a device's home is derived from this file or can be fetched again.
+
+Guarantees
+- One transaction is one generation. A reader sees a whole generation or none of it (write-ahead log,
+  https://sqlite.org/wal.html), and what is committed survives a power failure (`synchronous=FULL`).
+- A row number means one content for ever: a replaced passage gets a new row, and numbers are never used again.
+- A passage whose owner, title and text are unchanged is not touched, so it is not embedded again.
+- What is removed or erased is overwritten, not only unlinked (`secure_delete`, and the log is truncated).
+
+Any number of processes may read while one writes; writers wait for each other. Within a process the threads of one
+`Store` take turns.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import sqlite3
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import quote
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stillroom_client.quantization import dequantize, quantize
+from stillroom_shared.corpus import Passage
+from stillroom_shared.errors import DataError
+
+_SCHEMA_VERSION = 1
+_SCHEMA = """
+CREATE TABLE meta (key TEXT PRIMARY KEY, value NOT NULL) WITHOUT ROWID;
+CREATE TABLE passages (
+    row INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, owner TEXT NOT NULL, title TEXT NOT NULL,
+    text TEXT NOT NULL, digest BLOB NOT NULL, generation INTEGER NOT NULL);
+CREATE TABLE vectors (
+    row INTEGER PRIMARY KEY REFERENCES passages (row) ON DELETE CASCADE, scale REAL NOT NULL, codes BLOB NOT NULL);
+CREATE TABLE feedback (query TEXT NOT NULL, passage_id TEXT NOT NULL, UNIQUE (query, passage_id));
+"""
+_WAIT_SECONDS = 60.0  # for another process' write; embedding happens outside, so a write is short
+_NORM_TOLERANCE = 0.01
+_AMONG = "IN (SELECT value FROM json_each(?))"  # one parameter for any number of values
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """One committed state. The stamp is random: a restored backup that counts on from an old number is told apart."""
+
+    number: int
+    stamp: str
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What `put` did, in passages."""
+
+    added: int
+    replaced: int
+    unchanged: int
+
+
+class Feedback(NamedTuple):
+    """The owner searched for `query` and opened this passage."""
+
+    query: str
+    passage_id: str
+
+
+class Store:
+    """The open store of one device.
+
+    Args:
+        path: a file that `Store.create` made. `DataError` when it is missing, damaged or of another version.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = threading.RLock()
+        if not path.is_file():
+            raise DataError(f"{path} does not exist: create the device again with `stillroom index create`")
+        self._db = _connect(path)
+        try:
+            for pragma in ("synchronous=FULL", "foreign_keys=ON", "secure_delete=ON"):
+                self._rows(f"PRAGMA {pragma}")
+            version, self.dimension = int(self._meta("schema")), int(self._meta("dimension"))
+        except DataError:
+            self.close()
+            raise
+        if version != _SCHEMA_VERSION:
+            self.close()
+            raise DataError(f"{path} has schema {version}, this Stillroom reads {_SCHEMA_VERSION}: upgrade Stillroom")
+
+    @classmethod
+    def create(cls, path: Path, *, dimension: int) -> None:
+        """Make an empty store for vectors of this dimension, readable by its owner only."""
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+        db = _connect(path)
+        try:
+            # Nobody can see the file yet, so one fsync by the caller at the end is enough.
+            db.execute("PRAGMA synchronous=OFF")
+            db.execute("PRAGMA journal_mode=WAL")
+            meta = {"schema": _SCHEMA_VERSION, "dimension": dimension, "generation": 0, "stamp": secrets.token_hex(16)}
+            db.executescript(f"BEGIN; {_SCHEMA}")
+            db.executemany("INSERT INTO meta VALUES (?, ?)", meta.items())
+            db.execute("COMMIT")
+        finally:
+            db.close()
+
+    @contextmanager
+    def reading(self) -> Iterator[Generation]:
+        """One unchanging view: whatever is read inside belongs to the generation that is handed out."""
+        with self._transaction("DEFERRED") as generation:
+            yield generation
+
+    @contextmanager
+    def writing(self) -> Iterator[Generation]:
+        """The right to write, one holder at a time over all processes; an exception undoes what was written."""
+        with self._transaction("IMMEDIATE") as generation:
+            yield generation
+
+    def changed(self, passages: Sequence[Passage]) -> list[Passage]:
+        """Those that are new or differ from what is stored: the ones that need a vector."""
+        _refuse_repeated_ids(passages)
+        known = self._digests(passages)
+        return [passage for passage in passages if known.get(passage.id) != _digest(passage)]
+
+    def put(self, passages: Sequence[Passage], vectors: NDArray[np.float32]) -> Change:
+        """Add or replace passages with their unit vectors (n, dim), as one generation; none when nothing changed."""
+        _refuse_repeated_ids(passages)
+        codes, scales = quantize(self._checked(passages, vectors))
+        with self.writing() as generation:
+            known = self._digests(passages)
+            fresh = [n for n, passage in enumerate(passages) if known.get(passage.id) != _digest(passage)]
+            replaced = [passages[n].id for n in fresh if passages[n].id in known]
+            if fresh:
+                number = self._advance(generation)
+                self._db.execute(f"DELETE FROM passages WHERE id {_AMONG}", (json.dumps(replaced),))
+                self._db.executemany(
+                    "INSERT INTO passages (id, owner, title, text, digest, generation) VALUES (?, ?, ?, ?, ?, ?)",
+                    ((p.id, p.owner, p.title, p.text, _digest(p), number) for p in (passages[n] for n in fresh)),
+                )
+                self._db.executemany(
+                    "INSERT INTO vectors SELECT row, ?, ? FROM passages WHERE id = ?",
+                    ((float(scales[n]), codes[n].tobytes(), passages[n].id) for n in fresh),
+                )
+        return Change(len(fresh) - len(replaced), len(replaced), len(passages) - len(fresh))
+
+    def remove(self, ids: Iterable[str]) -> int:
+        """Remove passages, their vectors and what was opened of them, as one generation; how many there were."""
+        wanted = json.dumps(list(ids))
+        with self.writing() as generation:
+            removed = self._db.execute(f"DELETE FROM passages WHERE id {_AMONG}", (wanted,)).rowcount
+            if removed:
+                self._db.execute(f"DELETE FROM feedback WHERE passage_id {_AMONG}", (wanted,))
+                self._advance(generation)
+        return removed
+
+    def count(self) -> int:
+        """Passages in the store."""
+        return int(self._rows("SELECT count(*) FROM vectors")[0][0])
+
+    def owners(self) -> dict[str, int]:
+        """Passages of each owner, most first."""
+        return dict(self._rows("SELECT owner, count(*) FROM passages GROUP BY owner ORDER BY count(*) DESC, owner"))
+
+    def has(self, passage_id: str) -> bool:
+        """Whether a passage of this id is stored."""
+        return bool(self._rows("SELECT 1 FROM passages WHERE id = ?", (passage_id,)))
+
+    def ids(self, prefix: str = "") -> list[str]:
+        """Passage ids that begin with `prefix`, in the order they were added."""
+        query = "SELECT id FROM passages WHERE substr(id, 1, ?) = ? ORDER BY row"
+        return [row[0] for row in self._rows(query, (len(prefix), prefix))]
+
+    def passages(self, rows: Iterable[int]) -> dict[int, Passage]:
+        """The passages of these rows; rows that do not exist are left out."""
+        query = f"SELECT row, id, owner, text, title FROM passages WHERE row {_AMONG}"
+        return {row[0]: Passage(*row[1:]) for row in self._rows(query, (json.dumps([int(r) for r in rows]),))}
+
+    def names(self, rows: Iterable[int]) -> dict[int, str]:
+        """The passage ids of these rows."""
+        query = f"SELECT row, id FROM passages WHERE row {_AMONG}"
+        return dict(self._rows(query, (json.dumps([int(r) for r in rows]),)))
+
+    def rows(self, ids: Sequence[str]) -> NDArray[np.int64]:
+        """The row of each id; `DataError` names the first that is not in the store."""
+        found = dict(self._rows(f"SELECT id, row FROM passages WHERE id {_AMONG}", (json.dumps(list(ids)),)))
+        if missing := next((i for i in ids if i not in found), None):
+            raise DataError(f"passage {missing!r} is not in this index: take an id that search shows, or add it")
+        return np.array([found[i] for i in ids], np.int64)
+
+    def vectors(self, rows: Iterable[int] | None = None) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Rows (m,), ascending and distinct, and their vectors (m, dim); all of them without an argument."""
+        which, values = ("", ()) if rows is None else (f"WHERE row {_AMONG}", (json.dumps([int(r) for r in rows]),))
+        found = self._rows(f"SELECT row, scale, codes FROM vectors {which} ORDER BY row", values)
+        codes = np.frombuffer(b"".join(row[2] for row in found), np.int8).reshape(-1, self.dimension)
+        scales = np.array([row[1] for row in found], np.float64)
+        return np.array([row[0] for row in found], np.int64), dequantize(codes, scales)
+
+    def record(self, feedback: Iterable[Feedback]) -> None:
+        """Keep which results were opened, each pair once, at its latest. `DataError` for an unknown passage."""
+        pairs = list(feedback)
+        with self.writing():
+            self.rows([item.passage_id for item in pairs])
+            self._db.executemany("INSERT OR REPLACE INTO feedback VALUES (?, ?)", pairs)
+
+    def feedback(self) -> list[Feedback]:
+        """Everything that was opened, latest last."""
+        return [Feedback(*row) for row in self._rows("SELECT query, passage_id FROM feedback ORDER BY rowid")]
+
+    def erase_feedback(self) -> int:
+        """Forget every opened result, on the disk too; how many there were."""
+        with self.writing():
+            erased = self._db.execute("DELETE FROM feedback").rowcount
+        if self._rows("PRAGMA wal_checkpoint(TRUNCATE)")[0][0]:
+            raise DataError(f"feedback is erased, but another process holds {self.path}-wal: end it, then erase again")
+        return erased
+
+    def close(self) -> None:
+        """Give the file back; closing twice is harmless."""
+        with self._lock:
+            self._db.close()
+
+    @contextmanager
+    def _transaction(self, kind: str) -> Iterator[Generation]:
+        with self._lock:
+            try:
+                self._db.execute(f"BEGIN {kind}")
+                try:
+                    # A deferred transaction takes its view of the file at this first read.
+                    yield Generation(int(self._meta("generation")), str(self._meta("stamp")))
+                    self._db.execute("COMMIT")
+                finally:
+                    if self._db.in_transaction:
+                        self._db.execute("ROLLBACK")
+            except sqlite3.Error as error:
+                raise self._damaged(error) from error
+
+    def _advance(self, generation: Generation) -> int:
+        pairs = (("generation", generation.number + 1), ("stamp", secrets.token_hex(16)))
+        self._db.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", pairs)
+        return generation.number + 1
+
+    def _meta(self, key: str) -> Any:
+        return self._rows("SELECT value FROM meta WHERE key = ?", (key,))[0][0]
+
+    def _digests(self, passages: Sequence[Passage]) -> dict[str, bytes]:
+        wanted = json.dumps([passage.id for passage in passages])
+        return dict(self._rows(f"SELECT id, digest FROM passages WHERE id {_AMONG}", (wanted,)))
+
+    def _rows(self, query: str, values: tuple[object, ...] = ()) -> list[tuple[Any, ...]]:
+        with self._lock:
+            try:
+                return self._db.execute(query, values).fetchall()
+            except sqlite3.Error as error:
+                raise self._damaged(error) from error
+
+    def _damaged(self, error: sqlite3.Error) -> DataError:
+        return DataError(
+            f"the store {self.path} cannot be used ({error}): free disk space, end the process that blocks it, "
+            "or restore the file from a backup"
+        )
+
+    def _checked(self, passages: Sequence[Passage], vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+        expected = (len(passages), self.dimension)
+        if vectors.shape != expected:
+            raise DataError(f"vectors have shape {vectors.shape}: {expected[0]} passages of this index need {expected}")
+        norms = np.linalg.norm(vectors.astype(np.float64), axis=1)
+        # Written so that NaN fails it too.
+        if (bad := np.flatnonzero(~(np.abs(norms - 1) <= _NORM_TOLERANCE))).size:
+            raise DataError(
+                f"the vector of passage {passages[bad[0]].id!r} has norm {norms[bad[0]]}: "
+                "pass finite, L2-normalized vectors"
+            )
+        return vectors
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    place = f"file:{quote(str(path))}?mode=rw"  # never creates a file
+    return sqlite3.connect(place, uri=True, timeout=_WAIT_SECONDS, isolation_level=None, check_same_thread=False)
+
+
+def _digest(passage: Passage) -> bytes:
+    return hashlib.sha256(json.dumps([passage.owner, passage.title, passage.text]).encode()).digest()
+
+
+def _refuse_repeated_ids(passages: Sequence[Passage]) -> None:
+    seen: set[str] = set()
+    for passage in passages:
+        if passage.id in seen:
+            raise DataError(f"passage id {passage.id!r} occurs twice in one call: give each passage an id of its own")
+        seen.add(passage.id)
