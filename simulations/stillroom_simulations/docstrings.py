@@ -22,7 +22,7 @@ from stillroom_shared.errors import DataError
 
 STANDARD_LIBRARY = "python"
 _SKIPPED_FOLDERS = frozenset(
-    {"test", "tests", "site-packages", "lib2to3", "idlelib", "turtledemo", "__pycache__"}
+    {"test", "tests", "site-packages", "dist-packages", "lib2to3", "idlelib", "turtledemo", "__pycache__"}
     | {"externals", "_external", "_vendor", "vendor", "_vendored"}
 )
 _QUERY_WORDS = range(3, 33)
@@ -48,8 +48,8 @@ FULL = DocstringSource(
 )  # fmt: skip
 SMALL = DocstringSource(
     name="docstrings-small",
-    public=(STANDARD_LIBRARY, "huggingface_hub"),
-    private=("flwr", "fsspec", "networkx", "numpy", "pydantic", "sentence_transformers", "sqlalchemy"),
+    public=(STANDARD_LIBRARY,),
+    private=("flwr", "networkx", "numpy", "pydantic"),
 )
 
 
@@ -124,4 +124,8 @@ def _split(docstring: str) -> tuple[str, str] | None:
     summary, body = " ".join(summary.split()), body.strip()
     if len(summary.split()) not in _QUERY_WORDS or len(body.split()) < _MINIMUM_PASSAGE_WORDS:
         return None
+    try:
+        docstring.encode()
+    except UnicodeEncodeError:
+        return None  # an escape in the source made half a surrogate pair, which no file and no hash can hold
     return summary, body

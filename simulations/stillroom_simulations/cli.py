@@ -1,0 +1,61 @@
+"""`stillroom demo` and `stillroom report`: a whole federation in one process, and the page about it.
+
+Only typer is imported here; what a command needs is imported when it runs (`stillroom_shared.cli`).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from stillroom_shared.errors import SettingsError
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of the simulations room."""
+    app.command()(demo)
+    app.command()(report)
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder of the results; the same one again resumes.")] = Path("runs/demo"),
+    scale: Annotated[str | None, typer.Option(help="How much text: small or full.  [default: small]")] = None,
+    data: Annotated[str | None, typer.Option(help="A BEIR-layout folder in place of the docstrings here.")] = None,
+    seed: Annotated[str | None, typer.Option(help="Seed of the simulated population and its rounds.")] = None,
+    settings: Annotated[
+        Path | None, typer.Option(envvar="STILLROOM_SETTINGS", help="A TOML file; docs/settings.md lists its keys.")
+    ] = None,
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one setting; may be repeated.")
+    ] = None,
+) -> None:
+    """Distil a release, improve it on simulated devices under differential privacy, and report on every step."""
+    from rich.console import Console
+
+    from stillroom_shared.settings import load_settings
+    from stillroom_simulations.demo import run_demo
+
+    named = {"corpus.scale": scale, "corpus.data": data, "seed": seed}
+    overrides = {key: value for key, value in named.items() if value is not None} | _pairs(changes or [])
+    run_demo(load_settings(settings, overrides), out=out, console=Console(highlight=False))
+
+
+def report(folder: Annotated[Path, typer.Argument(metavar="DIR", help="What `stillroom demo --out` wrote.")]) -> None:
+    """Write report.html again from results.json."""
+    from stillroom_simulations.report import rewrite_report
+
+    typer.echo(rewrite_report(folder))
+
+
+def _pairs(changes: list[str]) -> dict[str, str]:
+    """The `--set` options as a mapping.
+
+    >>> _pairs(["rounds.rounds=3", "rounds.delta=none"])
+    {'rounds.rounds': '3', 'rounds.delta': 'none'}
+    """
+    for change in changes:
+        if "=" not in change:
+            raise SettingsError(f"--set {change!r} sets nothing: write it as KEY=VALUE, e.g. --set rounds.rounds=20")
+    return {key.strip(): value.strip() for key, _, value in (change.partition("=") for change in changes)}

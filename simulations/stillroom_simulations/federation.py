@@ -1,0 +1,157 @@
+"""A federation of simulated devices: the real apps on the in-process grid, with clients trained in batches.
+
+`BatchedUpdates` stands where a deployed device opens its own home: the grid announces a block of messages, one forward and
+backward pass on the shared frozen tower computes the whole block's updates, and each client app then finds its own. What
+each device learns from is mined once from that device's own store, by the code that a deployed device runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from flwr.app import Context, Message
+from numpy.typing import NDArray
+
+from stillroom_client.app import HOME_KEY as DEVICE_HOME
+from stillroom_client.app import client_app, local_work
+from stillroom_client.device import Device
+from stillroom_client.encoder import Encoder
+from stillroom_client.records import mine_records
+from stillroom_client.training import Record, Trainer
+from stillroom_server.app import HOME_KEY as COORDINATOR_HOME
+from stillroom_server.app import server_app
+from stillroom_server.coordinate import KEY_FILE, RoundReport
+from stillroom_server.plan import Plan
+from stillroom_shared.adapter import Adapter
+from stillroom_shared.errors import StillroomError
+from stillroom_shared.mechanism import calibrate
+from stillroom_shared.protocol import TRAIN, RoundOrder, read_order
+from stillroom_shared.release import Release
+from stillroom_shared.settings import RoundsSettings
+from stillroom_shared.signing import SigningKey
+from stillroom_simulations.engine import InProcessGrid, run_server_app
+
+RecordsByHome = Mapping[str, Sequence[Record]]
+_FIRST_NODE = 2
+"""Flower keeps node ids 0 and 1 for itself."""
+
+
+class BatchedUpdates:
+    """Updates for a block of devices from one batched pass; each is handed out once."""
+
+    def __init__(self, trainer: Trainer, records: RecordsByHome) -> None:
+        self._trainer = trainer
+        self._records = records
+        self._ready: dict[tuple[str, int, int], NDArray[np.float32]] = {}
+
+    def prepare(self, block: Sequence[tuple[Message, Context]]) -> None:
+        """Compute the updates of a block of training messages; a block of other messages is left alone."""
+        training = [(message, context) for message, context in block if message.metadata.message_type == TRAIN]
+        if not training:
+            return
+        order, adapter = read_order(training[0][0].content)
+        homes = [str(context.node_config[DEVICE_HOME]) for _, context in training]
+        changes = self._trainer.updates(adapter, [self._records[home] for home in homes], local_work(order))
+        self._ready |= {(home, order.round, order.attempt): change for home, change in zip(homes, changes, strict=True)}
+
+    @property
+    def unclaimed(self) -> list[str]:
+        """Homes whose device never asked for its update: it declined or failed, and sent zero instead."""
+        return sorted({home for home, _, _ in self._ready})
+
+    def update(self, home: Path, order: RoundOrder, adapter: Adapter) -> NDArray[np.float32]:
+        """The prepared update of one device."""
+        try:
+            return self._ready.pop((str(home), order.round, order.attempt))
+        except KeyError:
+            raise StillroomError(f"no update was prepared for {home}: pass `prepare` to the grid") from None
+
+
+def mine_population(
+    homes: Sequence[Path],
+    release: Release,
+    *,
+    candidates: int,
+    threads: int,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, list[Record]]:
+    """The training records of every device, each mined from its own store; the encoder's weights are shared."""
+    encoder = Encoder(release, precision="int8", threads=threads)
+    records = {}
+    for done, home in enumerate(homes, start=1):
+        with Device.open(home) as device:
+            records[str(home)] = mine_records(device, encoder, candidates=candidates)
+        progress(done, len(homes))
+    return records
+
+
+def make_plan(
+    settings: RoundsSettings, *, name: str, release_folder: Path, enrolled: Sequence[str], dimension: int, seed: str
+) -> Plan:
+    """The plan of a simulated federation: a rehearsal with seeded noise, calibrated where the settings give a target."""
+    delta = settings.delta or 1 / (10 * len(enrolled))
+    noise = settings.noise_multiplier
+    if settings.target_epsilon is not None and settings.clip_norm is not None:
+        noise = calibrate(
+            target_epsilon=settings.target_epsilon,
+            delta=delta,
+            rounds=settings.rounds,
+            clip_norm=settings.clip_norm,
+            sampling_rate=settings.sampling_rate,
+            devices=len(enrolled),
+            dimension=dimension,
+        ).noise_multiplier
+    private = settings.mechanism != "none"
+    return Plan(
+        federation=name,
+        release_folder=release_folder,
+        enrolled=tuple(enrolled),
+        mechanism=settings.mechanism,
+        rounds=settings.rounds,
+        sampling_rate=settings.sampling_rate,
+        clip_norm=settings.clip_norm if private else None,
+        noise_multiplier=noise if private else None,
+        budget_epsilon=settings.budget_epsilon if private else None,
+        delta=delta,
+        local_steps=settings.local_steps,
+        local_learning_rate=settings.local_learning_rate,
+        temperature=settings.temperature,
+        candidates=settings.candidates,
+        server_learning_rate=settings.server_learning_rate,
+        momentum=settings.momentum,
+        averaging=settings.averaging,
+        rehearsal=True,
+        seed=seed,
+    )
+
+
+def run_federation(
+    home: Path,
+    plan: Plan,
+    devices: Sequence[Path],
+    updates: BatchedUpdates,
+    *,
+    operator: SigningKey,
+    block: int,
+    on_round: Callable[[RoundReport], None] = lambda report: None,
+) -> None:
+    """Run, or resume, all rounds of a plan in `home`; the coordinator's folder holds what it left."""
+    plan.save(home)
+    if not (home / KEY_FILE).exists():
+        operator.save(home / KEY_FILE)
+    grid = InProcessGrid(
+        client_app=client_app(updates),
+        nodes={number: {DEVICE_HOME: str(device)} for number, device in enumerate(devices, start=_FIRST_NODE)},
+        run_config={COORDINATOR_HOME: str(home)},
+        prepare=updates.prepare,
+        block=block,
+    )
+    run_server_app(server_app(on_round), grid)
+    # A device that fails sends zero, in a simulation too: figures would only be a little worse, and nobody would know why.
+    if grid.failures or updates.unclaimed:
+        raise StillroomError(
+            f"{grid.failures} client apps failed and {len(updates.unclaimed)} devices sent zero in {home}, first "
+            f"{updates.unclaimed[:1]}: see the log above; the figures would be wrong"
+        )

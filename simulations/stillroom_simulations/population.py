@@ -1,0 +1,75 @@
+"""A simulated population: who owns which queries and passages (DESIGN section 8).
+
+A device is about ten training queries of one owner with their passages, the held-out queries that fall to it with theirs,
+and distractor passages of the same owner. Which passages a device owns, and the order of everything, comes from one seed.
+Devices may own copies of the same passage, as people do; no device reads another's store.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from stillroom_shared.corpus import Corpus, Passage, Query
+from stillroom_shared.settings import PopulationSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimulatedDevice:
+    """One device's own data. `held_out` are the dev and test queries whose passages it owns; it never trains on them."""
+
+    name: str
+    owner: str
+    training: tuple[Query, ...]
+    held_out: tuple[Query, ...]
+    passages: tuple[Passage, ...]
+
+
+def make_population(corpus: Corpus, settings: PopulationSettings, *, seed: int) -> tuple[SimulatedDevice, ...]:
+    """Divide the private corpus among devices; every query and every judged passage belongs to at least one.
+
+    The number of passages is log-normal around the median, so that a few devices own many. An owner with fewer training
+    queries than one device needs becomes one device.
+    """
+    generator = np.random.default_rng(np.random.SeedSequence([seed, 0x9E3779B9]))
+    devices: list[SimulatedDevice] = []
+    for owner in corpus.owners:
+        own = corpus.restrict(lambda name, owner=owner: name == owner)  # type: ignore[misc]
+        devices += _devices_of(own, owner, settings, generator)
+    return tuple(devices)
+
+
+def _devices_of(
+    corpus: Corpus, owner: str, settings: PopulationSettings, generator: np.random.Generator
+) -> list[SimulatedDevice]:
+    training = _shuffled(corpus.queries_in("train"), generator)
+    held_out = _shuffled((*corpus.queries_in("dev"), *corpus.queries_in("test")), generator)
+    count = max(1, math.floor(len(training) / settings.queries_per_device))
+    by_id = {passage.id: passage for passage in corpus.passages}
+    devices = []
+    for number in range(count):
+        own, later = tuple(training[number::count]), tuple(held_out[number::count])
+        kept = {pid for query in (*own, *later) for pid in corpus.qrels[query.id]}
+        others = sorted(by_id.keys() - kept)
+        wanted = settings.distractors_median * math.exp(generator.normal(0.0, 1.0))
+        drawn = generator.choice(
+            len(others), size=min(len(others), settings.distractors_max, round(wanted)), replace=False
+        )
+        kept |= {others[i] for i in drawn}
+        devices.append(
+            SimulatedDevice(
+                name=f"{owner}-{number:03d}",
+                owner=owner,
+                training=own,
+                held_out=later,
+                passages=tuple(by_id[pid] for pid in sorted(kept)),
+            )
+        )
+    return devices
+
+
+def _shuffled(queries: tuple[Query, ...], generator: np.random.Generator) -> list[Query]:
+    ordered = sorted(queries, key=lambda query: query.id)
+    return [ordered[i] for i in generator.permutation(len(ordered))]
