@@ -17,6 +17,11 @@ def register(app: typer.Typer) -> None:
     """Add the commands of the simulations room."""
     app.command()(demo)
     app.command()(report)
+    group = typer.Typer(name="audit", help="Check what was spent and what leaked.", no_args_is_help=True)
+    group.command()(ledger)
+    # A second command keeps the name of the first: typer drops the name of a group's only command.
+    group.callback()(lambda: None)
+    app.add_typer(group)
 
 
 def demo(
@@ -47,6 +52,18 @@ def report(folder: Annotated[Path, typer.Argument(metavar="DIR", help="What `sti
     from stillroom_simulations.report import rewrite_report
 
     typer.echo(rewrite_report(folder))
+
+
+def ledger(
+    path: Annotated[Path, typer.Argument(help="A coordinator's home, or its ledger with the plan beside it.")],
+    key: Annotated[str | None, typer.Option(help="Public key that must have signed every row, in hexadecimal.")] = None,
+) -> None:
+    """Verify every row of a ledger and print its privacy statement; exit status 1 on any break, naming the row."""
+    from stillroom_simulations.audit import audit_ledger
+
+    made, rows = audit_ledger(path, public_key=key)
+    trust = "signed by the key you named" if key else "consistent with itself; name --key to prove whose they are"
+    typer.echo(f"{rows} rows verified, {trust}\n\n{made.paragraph()}")
 
 
 def _pairs(changes: list[str]) -> dict[str, str]:
