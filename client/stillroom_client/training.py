@@ -75,7 +75,7 @@ class Trainer:
 
     def update(self, adapter: Adapter, records: Sequence[Record], work: LocalWork) -> NDArray[np.float32]:
         """The change of the flat adapter values, (size,), after the local work of one device; zero without records."""
-        return self.updates(adapter, [records], work)[0]
+        return np.asarray(self.updates(adapter, [records], work)[0], np.float32)
 
     def updates(self, adapter: Adapter, records: Sequence[Sequence[Record]], work: LocalWork) -> NDArray[np.float32]:
         """The same for many devices in one pass, (devices, size)."""

@@ -117,11 +117,16 @@ class Ledger:
         """
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch(mode=0o600)
-        ledger = cls(path, key=key, public_key=key.public)
-        ledger._connection.executescript(_SCHEMA)
-        with ledger._writing():
-            if not ledger._head():
-                ledger._append("genesis", {"about": about, "key": key.public})
+        try:
+            ledger = cls(path, key=key, public_key=key.public)
+            ledger._connection.executescript(_SCHEMA)
+            with ledger._writing():
+                if not ledger._head():
+                    ledger._append("genesis", {"about": about, "key": key.public})
+        except sqlite3.DatabaseError as error:
+            raise LedgerError(
+                f"{path} cannot be opened for writing ({error}): free the disk, or recover from the counterpart's receipts"
+            ) from error
         ledger.verify()
         if (found := ledger.rows()[0].fields["about"]) != about:
             ledger.close()

@@ -43,9 +43,20 @@ Total = NDArray[np.int64]
 class Mechanism(Protocol):
     """One way to turn device updates into a release. Implementations are frozen values."""
 
-    name: MechanismName
-    unit: str
-    dimension: int
+    @property
+    def name(self) -> MechanismName:
+        """What settings and messages call it."""
+        ...
+
+    @property
+    def unit(self) -> str:
+        """What is protected: "user", or "none"."""
+        ...
+
+    @property
+    def dimension(self) -> int:
+        """Length of an update."""
+        ...
 
     def bound(self, delta: NDArray[np.float32]) -> Update:
         """Device side: a float update, (dimension,), as bounded grid integers."""

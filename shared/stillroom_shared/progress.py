@@ -27,8 +27,8 @@ class Forecast:
     plan: seconds of each stage, in order, on some machine.
 
     >>> forecast = Forecast({"corpus": 10.0, "distil": 60.0, "rounds": 30.0})
-    >>> forecast.left("distil", elapsed=0.0, fraction=0.0, pace=forecast.pace({"corpus": 20.0}))
-    180.0
+    >>> forecast.left("distil", elapsed=0.0, fraction=0.0, pace=forecast.pace({"corpus": 25.0}))
+    135.0
     >>> forecast.left("distil", elapsed=30.0, fraction=0.5, pace=1.0)
     60.0
     """
@@ -36,9 +36,10 @@ class Forecast:
     plan: Mapping[str, float]
 
     def pace(self, finished: Mapping[str, float]) -> float:
-        """Seconds taken for each second planned, over the stages that did work; 1 before there is any."""
-        planned = sum(self.plan[name] for name in finished)
-        return sum(finished.values()) / planned if planned else 1.0
+        """Seconds taken for each second planned: 1 at first, then what the stages that did work say."""
+        # As if a fifth of the plan had gone as planned: a first stage of some seconds must not decide about an hour.
+        assumed = sum(self.plan.values()) / 5
+        return (sum(finished.values()) + assumed) / (sum(self.plan[name] for name in finished) + assumed)
 
     def left(self, stage: str, *, elapsed: float, fraction: float, pace: float) -> float:
         """Seconds until the last stage is done, from inside `stage`, of which `fraction` (0 to 1) is done."""
@@ -106,7 +107,11 @@ class Progress:
         if not stage.cached:
             self._worked[name] = self.seconds[name]
         left = self._forecast.left(name, elapsed=0.0, fraction=1.0, pace=self._forecast.pace(self._worked))
-        parts = [f"{name:12} {span(self.seconds[name]):>8}", stage.remark, f"about {span(left)} left" if left else ""]
+        parts = [
+            f"{name:12} {span(self.seconds[name]):>8}",
+            stage.remark,
+            f"about {span(left)} left" if left >= 1 else "",
+        ]
         self._console.print("   ".join(part for part in parts if part), markup=False, soft_wrap=True)
 
     @contextmanager

@@ -28,10 +28,14 @@ def audit_ledger(path: Path, *, public_key: str | None = None) -> tuple[PrivacyS
         rows, events = ledger.rows(), ledger.events()
     about = rows[0].fields["about"]
     if not (plan_home / PLAN_FILE).is_file():
-        raise LedgerError(f"no {PLAN_FILE} beside {ledger_path}: keep the plan with the ledger, it holds delta and devices")
+        raise LedgerError(
+            f"no {PLAN_FILE} beside {ledger_path}: keep the plan with the ledger, it holds delta and devices"
+        )
     plan = Plan.load(plan_home)
     if about.get("plan") != plan.content_hash:
-        raise LedgerError(f"{ledger_path} began with another plan than {plan_home / PLAN_FILE}: restore the original plan")
+        raise LedgerError(
+            f"{ledger_path} began with another plan than {plan_home / PLAN_FILE}: restore the original plan"
+        )
     made = statement(
         events,
         delta=plan.delta,

@@ -5,6 +5,8 @@ Only typer is imported here; what a command needs is imported when it runs (`sti
 
 from __future__ import annotations
 
+import logging
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -37,6 +39,7 @@ def demo(
     ] = None,
 ) -> None:
     """Distil a release, improve it on simulated devices under differential privacy, and report on every step."""
+    _only_our_own_progress()
     from rich.console import Console
 
     from stillroom_shared.settings import load_settings
@@ -64,6 +67,18 @@ def ledger(
     made, rows = audit_ledger(path, public_key=key)
     trust = "signed by the key you named" if key else "consistent with itself; name --key to prove whose they are"
     typer.echo(f"{rows} rows verified, {trust}\n\n{made.paragraph()}")
+
+
+def _only_our_own_progress() -> None:
+    """Keep the bars and the chatter of libraries off the terminal; has to come before they are imported."""
+    for name, value in {
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TQDM_DISABLE": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+    }.items():
+        os.environ.setdefault(name, value)
+    # onnxruntime.quantization sets the root logger to INFO when it is imported; the first to set it wins.
+    logging.basicConfig(level=logging.WARNING)
 
 
 def _pairs(changes: list[str]) -> dict[str, str]:

@@ -187,12 +187,12 @@ class DemoRun:
                 with self._device(self.homes[own.name]) as device:
                     device.add(own.passages, vectors[[row_of[passage.id] for passage in own.passages]])
                     device.record((q.text, next(iter(self.private.qrels[q.id]))) for q in own.training)
-                    device.search_many(vectors[:1])  # builds and saves the index
+                    device.refresh_index()
                     Consent(mechanisms=("central", "none")).save(device.home)
                 stage(done, len(self.population))
             with self._device(self.everything) as device:
                 device.add(self.private.passages, vectors)
-                device.search_many(vectors[:1])
+                device.refresh_index()
 
         return self.space.stage("devices", self._key("devices"), ["devices", "everything"], work)
 

@@ -49,7 +49,7 @@ FULL = DocstringSource(
 SMALL = DocstringSource(
     name="docstrings-small",
     public=(STANDARD_LIBRARY,),
-    private=("flwr", "networkx", "pydantic"),
+    private=("flwr", "fsspec", "networkx", "pydantic"),
 )
 
 

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from stillroom_client.device import INDEX_NAME, Device
+from stillroom_client.device import Device
 from stillroom_client.encoder import Encoder
+from stillroom_client.home import INDEX_NAME
 from stillroom_server.coordinate import Coordinator
 from stillroom_server.teacher import tower_of
 from stillroom_shared.accounting import epsilon
@@ -94,11 +95,8 @@ def summarize(run: DemoRun, stage: Stage) -> None:
             "seconds": run.space.seconds() | {"evaluate": round(time.monotonic() - started, 2)},
             "peak_memory_bytes": run.peak_memory(),
         }
-    np.savez_compressed(
-        run.out / "scores.npz",
-        query_ids=np.array(scores["teacher"][0].query_ids),
-        **{name: pair[0].ndcg_at_10 for name, pair in scores.items()},
-    )
+    per_query = {name: pair[0].ndcg_at_10 for name, pair in scores.items()}
+    _save_arrays(run.out / "scores.npz", query_ids=np.array(scores["teacher"][0].query_ids), **per_query)
     Results.parse(results).save(run.out / "results.json")
     stage(4, 4)
 
@@ -235,8 +233,9 @@ def _latency(run: DemoRun) -> dict[str, Any]:
 def _examples(trial: Trial, vectors: dict[str, Vectors], student: Scores, federated: Scores) -> list[dict[str, Any]]:
     """A query that the rounds helped, one that they did not change and one that they harmed: each the first of its kind."""
     change = dict(zip(student.query_ids, (federated.ndcg_at_10 - student.ndcg_at_10).tolist(), strict=True))
-    kinds = (lambda d: d > 0.3, lambda d: d == 0, lambda d: d < -0.3)
-    rows = [next((i for i, q in enumerate(trial.queries) if kind(change[q.id])), None) for kind in kinds]
+    changes = [change[query.id] for query in trial.queries]
+    kinds = ([d > 0.3 for d in changes], [d == 0 for d in changes], [d < -0.3 for d in changes])
+    rows = [kind.index(True) if True in kind else None for kind in kinds]
     text_of = {passage.id: passage.text for passage in trial.corpus.passages}
     ids = [passage.id for passage in trial.corpus.passages]
     examples = []
@@ -259,6 +258,11 @@ def _examples(trial: Trial, vectors: dict[str, Vectors], student: Scores, federa
             }
         )
     return examples
+
+
+def _save_arrays(path: Path, **arrays: NDArray[Any]) -> None:
+    with path.open("wb") as file:
+        np.savez_compressed(file, allow_pickle=False, **arrays)
 
 
 def _installed(name: str) -> bool:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 def discrete_gaussian_pmf(sigma: float, reach: int) -> NDArray[np.float64]:
     """Probabilities of -reach..reach, straight from the definition."""
     weights = np.exp(-(np.arange(-reach, reach + 1, dtype=np.float64) ** 2) / (2 * sigma**2))
-    return weights / weights.sum()
+    return np.asarray(weights / weights.sum(), np.float64)
 
 
 def rounded_gaussian_pmf(sigma: float, reach: int) -> NDArray[np.float64]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+
 from stillroom_server.cohort import poisson_cohort
 from stillroom_shared.randomness import Randomness
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
+
 from stillroom_server.app import HOME_KEY, server_app
 from stillroom_server.coordinate import KEY_FILE, LEDGER_FILE, Coordinator
 from stillroom_server.plan import Plan
@@ -60,7 +61,7 @@ def make_home(tmp_path: Path, tiny_release: Release, signing_key: SigningKey) ->
             "candidates": 4, "server_learning_rate": 1.0, "momentum": 0.0, "averaging": 0.0, "rehearsal": True, "seed": "s",
         }  # fmt: skip
         home = tmp_path / name
-        Plan(**(fields | changes)).save(home)  # type: ignore[arg-type]
+        Plan(**(fields | changes)).save(home)
         signing_key.save(home / KEY_FILE)
         return home
 
@@ -96,12 +97,12 @@ def test_whatever_a_device_does_counts_as_zero(make_home: Callable[..., Path], k
     """An update that is dropped with its weight, or that aborts the round, makes the release depend on who failed."""
 
     def misbehave(message: Message, context: Context) -> Message:
-        order, adapter = read_order(message.content)
+        _, adapter = read_order(message.content)
         size = adapter.spec.size
         if kind == "raises":
             raise RuntimeError("private text")
         if kind == "wrong type":
-            return Message(update_message(np.ones(size, np.float64)), reply_to=message)  # type: ignore[arg-type]
+            return Message(update_message(np.ones(size, np.float64)), reply_to=message)
         if kind == "too long":
             return Message(update_message(np.ones(size + 1, np.int32)), reply_to=message)
         if kind == "too large":
@@ -197,7 +198,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one(make_home: Callable[..., Path
             return len(coordinator.state.history)
 
     nodes = {number: {"name": f"d{number - 2}"} for number in range(2, 2 + DEVICES)}
-    grid = InProcessGrid(client_app=app_of(everybody(d0=stop_in_round_three)), nodes=nodes, run_config={HOME_KEY: str(home)})
+    grid = InProcessGrid(
+        client_app=app_of(everybody(d0=stop_in_round_three)), nodes=nodes, run_config={HOME_KEY: str(home)}
+    )
     with pytest.raises(Stop):
         run_server_app(server_app(on_round), grid)
     np.testing.assert_allclose(run(home, everybody()), straight, rtol=1e-12)

@@ -56,7 +56,7 @@ def test_the_budget_is_checked_before_anything_is_written(tmp_path: Path) -> Non
     with Ledger.create(tmp_path / "ledger", key=SigningKey.generate(), about=ABOUT) as ledger:
         for _ in range(2):
             ledger.spend(STEP, budget=budget, purpose={})
-        with pytest.raises(BudgetError, match=r"would bring the spend to epsilon .* user level, delta"):
+        with pytest.raises(BudgetError, match=r"would bring the spend to epsilon .*user level, delta"):
             ledger.spend(STEP, budget=budget, purpose={})
         assert ledger.events() == [STEP] * 2
         ledger.verify()

@@ -6,13 +6,14 @@ import sqlite3
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
+
 from stillroom_server.coordinate import KEY_FILE, LEDGER_FILE, Coordinator
 from stillroom_server.plan import Plan
 from stillroom_shared.cli import build_app
 from stillroom_shared.release import Release
 from stillroom_shared.signing import SigningKey
 from stillroom_simulations.epsilon_context import check_epsilon_context
-from typer.testing import CliRunner
 
 
 @pytest.fixture
@@ -27,9 +28,7 @@ def federation(tmp_path: Path, tiny_release: Release, signing_key: SigningKey) -
     signing_key.save(home / KEY_FILE)
     with Coordinator(home) as coordinator:
         for number in range(1, 4):
-            order = coordinator.plan.order(
-                round_number=number, attempt=1, release="r", dimension=coordinator.spec.size
-            )
+            order = coordinator.plan.order(round_number=number, attempt=1, release="r", dimension=coordinator.spec.size)
             event = order.build_mechanism().event()
             coordinator.ledger.spend(event, budget=coordinator.plan.budget, purpose={"round": number, "attempt": 1})
     return home
