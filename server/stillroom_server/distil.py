@@ -23,8 +23,9 @@ from datasets import Dataset
 from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.base.sampler import DefaultBatchSampler
+from sentence_transformers.sentence_transformer.model_card import SentenceTransformerModelCardCallback
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from stillroom_server.teacher import TeacherVectors, tower_of
 from stillroom_shared.corpus import Corpus, normalize
@@ -133,13 +134,16 @@ def distil(
             report_to="none",
             disable_tqdm=True,
         )
-        SentenceTransformerTrainer(
+        trainer = SentenceTransformerTrainer(
             model=student,
             args=arguments,
             train_dataset=dataset,
             loss=AlignAndRank(student, lessons, settings),
             callbacks=[_Watcher(progress)],
-        ).train()
+        )
+        trainer.remove_callback(PrinterCallback)  # our own progress stands in its place
+        trainer.remove_callback(SentenceTransformerModelCardCallback)  # the release writes its own description
+        trainer.train()
     return student.eval()
 
 

@@ -34,7 +34,7 @@ class DistilSettings(Group):
     teacher: str = Field("offline", min_length=1, description="`offline` (packaged MiniLM), a name or a folder")
     layers: tuple[int, ...] = Field((0, 2, 5), min_length=1, description="teacher layers that the student starts from")
     epochs: float = Field(1.0, gt=0, le=100, description="passes over the public pairs")
-    learning_rate: float = Field(5e-4, gt=0, lt=1, description="peak learning rate")
+    learning_rate: float = Field(1e-3, gt=0, lt=1, description="peak learning rate")
     sentences: int = Field(4_000, ge=0, description="sentences cropped from public passages, as further texts to align")
     batch_size: int = Field(64, ge=1, le=8192, description="texts in a step")
     ranking_weight: float = Field(0.3, ge=0, description="weight of the ranking loss beside the alignment loss")
@@ -135,7 +135,15 @@ class Settings(Group):
 
 SCALES: Mapping[str, Mapping[str, object]] = {
     "small": {},
-    "full": {"population.distractors_median": 200},
+    "full": {
+        "distil.epochs": 2.0,
+        "distil.sentences": 12_000,
+        "population.distractors_median": 200,
+        "rounds.rounds": 20,
+        "rounds.noise_multiplier": 1.25,
+        "rounds.server_learning_rate": 1.5,
+        "nonprivate.rounds": 20,
+    },
 }
 """What each scale changes about the defaults, by dotted key."""
 

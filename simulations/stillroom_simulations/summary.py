@@ -88,6 +88,7 @@ def summarize(run: DemoRun, stage: Stage) -> None:
             "privacy": _privacy(private),
             "rounds": rounds,
             "rounds_nonprivate": rounds_nonprivate,
+            "rounds_on": {"split": "dev", "teacher_ndcg_at_10": _teacher_on_dev(run)},
             **_sizes(run, private.adapter),
             "devices": _devices(run),
             "search": _latency(run),
@@ -138,6 +139,12 @@ def _curve(run: DemoRun, coordinator: Coordinator) -> dict[int, float]:
         encoder.adopt(coordinator.adapter_after(number))
         found[number] = trial.whole(encoder.encode_queries([query.text for query in trial.queries])).mean["ndcg_at_10"]
     return found
+
+
+def _teacher_on_dev(run: DemoRun) -> float:
+    queries = run.private.queries_in("dev")
+    trial = Trial(run.private, queries, run.passage_vectors, run.population)
+    return trial.whole(run.vectors.encode([query.text for query in queries])).mean["ndcg_at_10"]
 
 
 def _private_rounds(run: DemoRun, coordinator: Coordinator) -> list[dict[str, Any]]:

@@ -191,7 +191,7 @@ def test_published_figure_on_cranfield() -> None:
     corpus = load_beir(DATA / "cranfield", splits="as-published")
     model = sentence_transformers.SentenceTransformer(str(Path(teacher.__file__).parent / "model"), device="cpu")
     assert model.max_seq_length == 256
-    with torch.autocast("cpu", torch.bfloat16, enabled=native_bfloat16()):  # 1.5 times faster, 0.0002 lower
+    with torch.autocast("cpu", torch.bfloat16, enabled=native_bfloat16()):  # 1.4 times faster, nDCG 0.0002 lower
         passages = model.encode([p.full_text for p in corpus.passages], normalize_embeddings=True)
         queries = model.encode([q.text for q in corpus.queries], normalize_embeddings=True)
     run = dense_run(queries, [q.id for q in corpus.queries], passages, [p.id for p in corpus.passages])

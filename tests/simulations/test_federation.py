@@ -1,0 +1,93 @@
+"""A simulated federation is the deployed one, only faster."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from stillroom_client.app import HOME_KEY, client_app
+from stillroom_client.device import Device
+from stillroom_client.training import Trainer
+from stillroom_server.app import HOME_KEY as COORDINATOR_HOME
+from stillroom_server.app import server_app
+from stillroom_server.coordinate import KEY_FILE, Coordinator
+from stillroom_server.plan import Plan
+from stillroom_shared.corpus import Passage
+from stillroom_shared.errors import StillroomError
+from stillroom_shared.release import Release
+from stillroom_shared.settings import RoundsSettings
+from stillroom_shared.signing import SigningKey
+from stillroom_simulations.engine import InProcessGrid, run_server_app
+from stillroom_simulations.federation import BatchedUpdates, make_plan, mine_population, run_federation
+
+ROUNDS = RoundsSettings(
+    rounds=2, sampling_rate=1.0, noise_multiplier=1.0, budget_epsilon=100.0, candidates=3, delta=1e-3
+)
+TEXTS = ("open the zip file", "list the members", "sort a list of words", "a tapir eats leaves", "read the index")
+
+
+def settle(folder: Path, release: Release) -> list[Path]:
+    homes = []
+    for number in range(4):
+        home = folder / f"d{number}"
+        with Device.create(home, release, link=True) as device:
+            device.add(Passage(f"p{i}", "own", f"{text} {'again ' * number}") for i, text in enumerate(TEXTS))
+            device.record([(f"how do i {text}", f"p{i}") for i, text in enumerate(TEXTS[: number + 1])])
+        homes.append(home)
+    return homes
+
+
+def plan_for(release: Release, rounds: RoundsSettings = ROUNDS) -> Plan:
+    names = [f"d{number}" for number in range(4)]
+    return make_plan(
+        rounds, name="f", release_folder=release.folder, enrolled=names, dimension=release.adapter_spec.size, seed="s"
+    )
+
+
+def test_batched_federation_equals_devices_that_train_alone(
+    tmp_path: Path, tiny_release: Release, signing_key: SigningKey
+) -> None:
+    """A shortcut of the simulation that a deployed device does not take would make every figure fiction."""
+    plan = plan_for(tiny_release)
+    batched_homes = settle(tmp_path / "batched", tiny_release)
+    records = mine_population(batched_homes, tiny_release, candidates=3, threads=1)
+    updates = BatchedUpdates(Trainer(tiny_release.folder, tiny_release.adapter_spec), records)
+    run_federation(tmp_path / "b", plan, batched_homes, updates, operator=signing_key, block=3)
+
+    alone_homes = settle(tmp_path / "alone", tiny_release)
+    plan.save(tmp_path / "a")
+    signing_key.save(tmp_path / "a" / KEY_FILE)
+    grid = InProcessGrid(
+        client_app=client_app(),
+        nodes={number: {HOME_KEY: str(home)} for number, home in enumerate(alone_homes, start=2)},
+        run_config={COORDINATOR_HOME: str(tmp_path / "a")},
+    )
+    run_server_app(server_app(), grid)
+    with Coordinator(tmp_path / "b") as batched, Coordinator(tmp_path / "a") as alone:
+        np.testing.assert_allclose(batched.state.iterate, alone.state.iterate, atol=1e-5)
+        noise_only = np.linalg.norm(batched.state.history[0])
+        assert noise_only > 0
+        assert batched.statement() == alone.statement()
+
+
+def test_a_device_that_sends_zero_stops_the_simulation(
+    tmp_path: Path, tiny_release: Release, signing_key: SigningKey
+) -> None:
+    """A device that fails sends zero by design; in a simulation that would only make the figures a little worse."""
+    homes = settle(tmp_path, tiny_release)
+    records = mine_population(homes, tiny_release, candidates=3, threads=1)
+    (homes[2] / "consent.json").write_text('{"mechanisms": [], "participations": 5}')
+    updates = BatchedUpdates(Trainer(tiny_release.folder, tiny_release.adapter_spec), records)
+    with pytest.raises(StillroomError, match="1 devices sent zero"):
+        run_federation(tmp_path / "f", plan_for(tiny_release), homes, updates, operator=signing_key, block=3)
+
+
+def test_a_target_epsilon_is_calibrated_and_the_baseline_has_no_noise(tiny_release: Release) -> None:
+    """A target that is silently ignored leaves the default noise, which may be less."""
+    target = RoundsSettings(rounds=2, sampling_rate=0.5, noise_multiplier=None, target_epsilon=2.0, delta=1e-3)
+    plan = plan_for(tiny_release, target)
+    assert plan.noise_multiplier is not None
+    assert plan.noise_multiplier > 0.5
+    baseline = RoundsSettings(mechanism="none", clip_norm=None, noise_multiplier=None)
+    assert plan_for(tiny_release, baseline).noise_multiplier is None
