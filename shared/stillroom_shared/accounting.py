@@ -168,14 +168,16 @@ def smallest_noise_multiplier(
         )
         return epsilon([event] * rounds, delta)
 
-    low, high = 0.0, 1.0
-    while cost(high) > target_epsilon:
-        low, high = high, high * 2
-        if high > 1_000:
-            raise BudgetError(
-                f"epsilon {target_epsilon} at delta {delta} cannot be met by {rounds} rounds at sampling rate {sampling_rate}: "
-                "plan fewer rounds, a lower sampling rate or a larger epsilon"
-            )
+    high = 1_000.0
+    if cost(high) > target_epsilon:
+        raise BudgetError(
+            f"epsilon {target_epsilon} at delta {delta} cannot be met by {rounds} rounds at sampling rate {sampling_rate}: "
+            "plan fewer rounds, a lower sampling rate or a larger epsilon"
+        )
+    # From above: much noise is quick to account for, too little noise over many rounds takes minutes.
+    while cost(high / 2) <= target_epsilon:
+        high /= 2
+    low = high / 2
     while high - low > 1e-3 * high:
         middle = (low + high) / 2
         low, high = (middle, high) if cost(middle) > target_epsilon else (low, middle)

@@ -40,6 +40,8 @@ def test_later_sources_win(tmp_path: Path) -> None:
     assert (made.seed, made.rounds.rounds, made.population.distractors_max) == (3, 11, 50)
     assert made.corpus.scale == "full"
     for key, value in SCALES["full"].items():
+        if key == "rounds.rounds":
+            continue  # given above
         assert values(made, key) == value, f"{key} of the full scale is not applied when a file asks for that scale"
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from stillroom_client.app import HOME_KEY, client_app
 from stillroom_client.device import Device
 from stillroom_client.training import Trainer

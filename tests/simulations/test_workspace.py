@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from stillroom_shared.errors import SettingsError
 from stillroom_simulations.workspace import Workspace
 
@@ -20,7 +21,11 @@ def test_an_interrupted_stage_keeps_its_outputs_and_its_time(tmp_path: Path) -> 
     with pytest.raises(KeyboardInterrupt):
         space.stage("s", "k", ["part.txt"], interrupted)
     assert "s" not in space.seconds()
-    assert not space.stage("s", "k", ["part.txt"], lambda: output.write_text(output.read_text() + " whole") and None)
+
+    def finish() -> None:
+        output.write_text(output.read_text() + " whole")
+
+    assert not space.stage("s", "k", ["part.txt"], finish)
     assert output.read_text() == "half whole"
     assert "s" in space.seconds()
 
