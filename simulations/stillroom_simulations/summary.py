@@ -238,10 +238,11 @@ def _latency(run: DemoRun) -> dict[str, Any]:
 
 
 def _examples(trial: Trial, vectors: dict[str, Vectors], student: Scores, federated: Scores) -> list[dict[str, Any]]:
-    """A query that the rounds helped, one that they did not change and one that they harmed: each the first of its kind."""
-    change = dict(zip(student.query_ids, (federated.ndcg_at_10 - student.ndcg_at_10).tolist(), strict=True))
-    changes = [change[query.id] for query in trial.queries]
-    kinds = ([d > 0.3 for d in changes], [d == 0 for d in changes], [d < -0.3 for d in changes])
+    """The first query whose answer the rounds brought to the top, the first that they left there, the first they displaced."""
+    pairs = zip(student.ndcg_at_10.tolist(), federated.ndcg_at_10.tolist(), strict=True)
+    first = dict(zip(student.query_ids, ((before == 1, after == 1) for before, after in pairs), strict=True))
+    own = [first[query.id] for query in trial.queries]
+    kinds = [[pair == wanted for pair in own] for wanted in ((False, True), (True, True), (True, False))]
     rows = [kind.index(True) if True in kind else None for kind in kinds]
     text_of = {passage.id: passage.text for passage in trial.corpus.passages}
     ids = [passage.id for passage in trial.corpus.passages]
