@@ -24,6 +24,10 @@ def register(app: typer.Typer) -> None:
     # A second command keeps the name of the first: typer drops the name of a group's only command.
     group.callback()(lambda: None)
     app.add_typer(group)
+    measured = typer.Typer(name="bench", help="Measure the figures of record.", no_args_is_help=True)
+    measured.command("demo")(bench_demo)
+    measured.callback()(lambda: None)
+    app.add_typer(measured)
 
 
 def demo(
@@ -79,6 +83,31 @@ def _only_our_own_progress() -> None:
         os.environ.setdefault(name, value)
     # onnxruntime.quantization sets the root logger to INFO when it is imported; the first to set it wins.
     logging.basicConfig(level=logging.WARNING)
+
+
+def bench_demo(
+    seeds: Annotated[str, typer.Option(help="Seeds, comma-separated.")] = "0,1,2",
+    folder: Annotated[Path, typer.Option(help="Where the runs go; the same folder again resumes.")] = Path(
+        "runs/bench"
+    ),
+    out: Annotated[Path, typer.Option(help="The benchmark file to write.")] = Path("benchmarks/results/demo.json"),
+    scale: Annotated[str, typer.Option(help="How much text: small or full.")] = "full",
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one setting; may be repeated.")
+    ] = None,
+) -> None:
+    """Run the demo for several seeds, fine-tune centrally beside it, and write the figures with their intervals."""
+    from rich.console import Console
+
+    from stillroom_shared.settings import load_settings
+    from stillroom_simulations.bench import bench_demo as measure
+
+    try:
+        numbers = [int(seed) for seed in seeds.split(",")]
+    except ValueError:
+        raise SettingsError(f"--seeds {seeds!r} is no list of whole numbers: write it as 0,1,2") from None
+    settings = load_settings(None, {"corpus.scale": scale} | _pairs(changes or []))
+    measure(settings, seeds=numbers, folder=folder, out=out, console=Console(highlight=False))
 
 
 def _pairs(changes: list[str]) -> dict[str, str]:
