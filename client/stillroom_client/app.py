@@ -35,6 +35,10 @@ _log = logging.getLogger(__name__)
 class UpdateSource(Protocol):
     """Computes a device's raw update, (dimension,) float32: alone, or in batches of simulated devices."""
 
+    def check(self, home: Path, order: RoundOrder) -> None:
+        """Raise when this order cannot be followed, before anything is spent on it."""
+        ...
+
     def update(self, home: Path, order: RoundOrder, adapter: Adapter) -> NDArray[np.float32]:
         """The change of the adapter values after the local work that the order describes."""
         ...
@@ -43,6 +47,16 @@ class UpdateSource(Protocol):
 class OwnUpdates:
     """The deployment's source: open the device, mine its records, train."""
 
+    def check(self, home: Path, order: RoundOrder) -> None:
+        """Refuse a round for another release than the device holds."""
+        from stillroom_client.device import Device
+
+        with Device.open(home) as device:
+            if device.release.id != order.release:
+                raise ProtocolError(
+                    f"round is for release {order.release[:12]}, this device holds {device.release.id[:12]}"
+                )
+
     def update(self, home: Path, order: RoundOrder, adapter: Adapter) -> NDArray[np.float32]:
         """Train on the device's own records."""
         from stillroom_client.device import Device
@@ -50,10 +64,6 @@ class OwnUpdates:
         from stillroom_client.records import mine_records
 
         with Device.open(home) as device:
-            if device.release.id != order.release:
-                raise ProtocolError(
-                    f"round is for release {order.release[:12]}, this device holds {device.release.id[:12]}"
-                )
             records = mine_records(device, Encoder(device.release), candidates=order.candidates)
             return _trainer(device.release.folder, adapter.spec).update(adapter, records, local_work(order))
 
@@ -83,12 +93,13 @@ def client_app(source: UpdateSource | None = None) -> ClientApp:
             raise ProtocolError(_SAYS_NOTHING) from None
         try:
             home = _home(context)
+            updates.check(home, order)
             take_part(home, order)
-            delta = updates.update(home, order, adapter)
+            answer = mechanism.bound(updates.update(home, order, adapter))
         except Exception:  # whatever went wrong stays here: an error report would be a release nobody accounted for
             _log.exception("round %d: this device sends a zero update", order.round)
-            delta = np.zeros(order.dimension, np.float32)
-        return Message(update_message(mechanism.bound(delta)), reply_to=message)
+            answer = np.zeros(order.dimension, np.int32)
+        return Message(update_message(answer), reply_to=message)
 
     return app
 

@@ -7,11 +7,12 @@ from an observer), and an attempt that is already recorded is never answered aga
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from stillroom_shared.accounting import SampledGaussian
-from stillroom_shared.errors import BudgetError
+from stillroom_shared.errors import BudgetError, LedgerError, ProtocolError
 from stillroom_shared.ledger import Ledger
 from stillroom_shared.mechanism import MechanismName
 from stillroom_shared.protocol import RoundOrder
@@ -23,11 +24,20 @@ CONSENT_FILE = "consent.json"
 
 
 class Consent(BaseModel):
-    """What the owner agreed to: mechanisms, and a cap on participations that is fixed in advance."""
+    """What the owner agreed to.
+
+    Attributes:
+        federation: the only one this device answers; None for whichever its node is connected to.
+        mechanisms: those it takes part in.
+        minimum_noise_multiplier: least noise, as a multiple of the sensitivity, under which it takes part.
+        participations: a cap that is fixed in advance.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    federation: str | None = None
     mechanisms: tuple[MechanismName, ...] = ("central",)
+    minimum_noise_multiplier: float = Field(default=0.5, ge=0)
     participations: int = Field(default=200, ge=0)
 
     def save(self, home: Path) -> None:
@@ -42,25 +52,49 @@ class Consent(BaseModel):
 
 
 def take_part(home: Path, order: RoundOrder) -> None:
-    """Record this participation durably, or decline with `BudgetError`; `LedgerError` when the ledger does not verify."""
+    """Record this participation durably, or decline before anything is spent.
+
+    Raises:
+        BudgetError: the mechanism, its noise, the cap or the attempt is not agreed to.
+        LedgerError: the device's ledger is gone or does not verify, so what was spent is unknown.
+        ProtocolError: the order is for another federation than the device has joined.
+    """
     consent = Consent.load(home)
+    if consent.federation not in (None, order.federation):
+        raise ProtocolError(
+            f"the order is of federation {order.federation!r}, this device joined {consent.federation!r}"
+        )
+    if order.noise_multiplier is not None and order.noise_multiplier < consent.minimum_noise_multiplier:
+        raise BudgetError(
+            f"noise multiplier {order.noise_multiplier} is below the {consent.minimum_noise_multiplier} agreed to in "
+            f"{home / CONSENT_FILE}"
+        )
     if order.mechanism not in consent.mechanisms:
         raise BudgetError(
             f"mechanism {order.mechanism!r} is not among those agreed to {consent.mechanisms}: {home / CONSENT_FILE}"
         )
-    key_path = home / KEY_FILE
+    key_path, ledger_path = home / KEY_FILE, home / LEDGER_FILE
     if not key_path.exists():
         SigningKey.generate().save(key_path)
+    elif not ledger_path.exists():
+        raise LedgerError(
+            f"{ledger_path} is gone but {key_path} is there: what was spent is unknown; restore the ledger"
+        )
     attempt = {"federation": order.federation, "round": order.round, "attempt": order.attempt}
-    with Ledger.create(home / LEDGER_FILE, key=SigningKey.load(key_path), about={"device": True}) as ledger:
-        joined = [row.fields["purpose"] for row in ledger.rows() if row.kind == "spend"]
+
+    def allowed(joined: list[dict[str, Any]]) -> None:
         if attempt in joined:
             raise BudgetError(f"{attempt} was answered already: an attempt is never answered twice")
         if len(joined) >= consent.participations:
             raise BudgetError(
                 f"participation {len(joined) + 1} is over the cap of {consent.participations} in {home / CONSENT_FILE}"
             )
+
+    with Ledger.create(ledger_path, key=SigningKey.load(key_path), about={"device": True}) as ledger:
         event = order.build_mechanism().event()
         ledger.spend(
-            event.without_sampling() if isinstance(event, SampledGaussian) else event, budget=None, purpose=attempt
+            event.without_sampling() if isinstance(event, SampledGaussian) else event,
+            budget=None,
+            purpose=attempt,
+            allowed=allowed,
         )

@@ -13,6 +13,7 @@ Guarantees:
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -29,7 +30,7 @@ from stillroom_server.cohort import poisson_cohort
 from stillroom_server.optimizer import OptimizerState
 from stillroom_server.plan import Plan
 from stillroom_shared.adapter import Adapter
-from stillroom_shared.errors import BudgetError, ProtocolError
+from stillroom_shared.errors import BudgetError, LedgerError, ProtocolError
 from stillroom_shared.ledger import Ledger
 from stillroom_shared.mechanism import Mechanism, Total
 from stillroom_shared.protocol import ENROL, TRAIN, RoundOrder, order_message, read_enrolment, read_update
@@ -43,6 +44,7 @@ KEY_FILE = "coordinator.key"
 ADAPTERS_FOLDER = "adapters"
 _STATE_FILE = "state.npz"
 _POLL_SECONDS = 1.0
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +68,7 @@ class Coordinator:
         about = {"federation": self.plan.federation, "plan": self.plan.content_hash}
         self.ledger = Ledger.create(home / LEDGER_FILE, key=self.key, about=about)
         self.state = _load_state(home / _STATE_FILE, self.spec.size)
+        self._check_ledger_covers_state()
 
     @property
     def finished(self) -> bool:
@@ -86,7 +89,7 @@ class Coordinator:
 
         Stops early, without error, when a retried round used up the budget: what was released stays released.
         """
-        online: set[int] = set()
+        online: set[int] | None = None
         while not self.finished:
             if (now := wait_for_nodes(grid, self.plan)) != online:
                 online, nodes = now, enrolled_nodes(grid, self.plan)
@@ -125,6 +128,7 @@ class Coordinator:
             sampling_rate=self.plan.sampling_rate,
             clip_norm=self.plan.clip_norm,
             rehearsal=self.plan.rehearsal,
+            mechanism=self.plan.mechanism,
         )
 
     def _round(self, grid: Grid, nodes: Mapping[str, int]) -> float:
@@ -143,10 +147,19 @@ class Coordinator:
         _save_state(self.home / _STATE_FILE, self.state)
         return float(np.linalg.norm(update))
 
+    def _check_ledger_covers_state(self) -> None:
+        """A ledger that was removed or restored from an old copy knows less than the checkpoint: refuse to go on."""
+        charged = {purpose["round"] for purpose in self.ledger.purposes()}
+        if missing := set(range(1, len(self.state.history) + 1)) - charged:
+            self.ledger.close()
+            raise LedgerError(
+                f"{self.ledger.path} has no charge for round {min(missing)}, which {self.home / _STATE_FILE} has released: "
+                "restore the newest copy of the ledger; without it the spend is unknown"
+            )
+
     def _next_order(self) -> RoundOrder:
         number = len(self.state.history) + 1
-        charges = [row.fields["purpose"] for row in self.ledger.rows() if row.kind == "spend"]
-        attempt = 1 + sum(charge["round"] == number for charge in charges)
+        attempt = 1 + sum(purpose["round"] == number for purpose in self.ledger.purposes())
         return self.plan.order(round_number=number, attempt=attempt, release=self.release.id, dimension=self.spec.size)
 
     def _randomness(self, use: str, order: RoundOrder) -> Randomness:
@@ -196,7 +209,8 @@ def enrolled_nodes(grid: Grid, plan: Plan) -> dict[str, int]:
             continue
         try:
             name = read_enrolment(reply.content)
-        except ProtocolError:
+        except Exception:
+            _log.exception("node %d does not enrol", reply.metadata.src_node_id)
             continue
         node = reply.metadata.src_node_id
         if name in enrolled:
@@ -214,10 +228,12 @@ def sum_updates(replies: Iterable[Message], mechanism: Mechanism) -> Total:
             continue
         answered.add(node)
         try:
-            update = read_update(reply.content)
-        except ProtocolError:
+            update = read_update(reply.content, mechanism.dimension)
+            admitted = mechanism.admit(update)
+        except Exception:  # whatever a device's bytes lead to, the round goes on: it was charged, and others answered
+            _log.exception("node %d sent what cannot be read: it counts as zero", node)
             continue
-        if mechanism.admit(update):
+        if admitted:
             total += update
     return total
 
@@ -242,6 +258,11 @@ def _save_state(path: Path, state: OptimizerState) -> None:
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the rename too must outlast a power cut, or a released round would be forgotten
+    finally:
+        os.close(folder)
 
 
 def _load_state(path: Path, size: int) -> OptimizerState:

@@ -64,6 +64,11 @@ class Plan(BaseModel):
             raise ValueError("seed: noise from a known seed protects nobody; remove it, or set rehearsal = true")
         if len(set(self.enrolled)) != len(self.enrolled):
             raise ValueError("enrolled: a name occurs twice, and a device that is sampled twice breaks the sensitivity")
+        if self.mechanism != "none" and self.delta >= 1 / len(self.enrolled):
+            raise ValueError(
+                f"delta {self.delta} lets one of {len(self.enrolled)} devices be exposed outright: choose at most a tenth of "
+                f"1/{len(self.enrolled)}"
+            )
         if self.mechanism != "none" and None in (self.clip_norm, self.noise_multiplier, self.budget_epsilon):
             raise ValueError(f"mechanism {self.mechanism!r} needs clip_norm, noise_multiplier and budget_epsilon")
         return self
@@ -109,7 +114,9 @@ class Plan(BaseModel):
         home.mkdir(parents=True, exist_ok=True)
         path = home / PLAN_FILE
         if path.exists() and Plan.load(home) != self:
-            raise SettingsError(f"{path} holds another plan: finish or remove that federation, or use another home")
+            raise SettingsError(
+                f"{path} holds another plan: finish that federation; in another home over the same devices both spends add up"
+            )
         path.write_text(self.model_dump_json(indent=2) + "\n")
 
     @classmethod

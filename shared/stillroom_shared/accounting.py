@@ -14,7 +14,7 @@ Guarantees:
 | case | result |
 |---|---|
 | no event | 0.0 |
-| an `Unprotected` event, or a grid too coarse to certify the delta | infinity |
+| an `Unprotected` event, hardly any noise, or a grid too coarse to certify the delta | infinity |
 | noise multiplier not above 0, sampling rate outside (0, 1] | `BudgetError` at construction |
 """
 
@@ -31,6 +31,7 @@ from stillroom_shared.errors import BudgetError
 from stillroom_shared.noise import rounding_distance
 
 AccountantName = Literal["PLD", "RDP"]
+_LARGEST_MULTIPLIER = 2.0**20  # sums of noise and updates stay far inside int64
 
 # Orders near 1 do not converge for Poisson sampling at small noise; a dense grid up to 12 decides everything else.
 _RDP_ORDERS = [2 + step / 20 for step in range(200)] + list(range(12, 65)) + [128, 256, 512, 1024]
@@ -55,6 +56,11 @@ class SampledGaussian:
     def __post_init__(self) -> None:
         if not (math.isfinite(self.noise_multiplier) and self.noise_multiplier > 0 and self.sigma >= 1):
             raise BudgetError(f"noise multiplier {self.noise_multiplier} gives no protection: choose a value above 0")
+        if self.dimension < 1 or self.noise_multiplier > _LARGEST_MULTIPLIER:
+            raise BudgetError(
+                f"noise multiplier {self.noise_multiplier} on {self.dimension} values: choose at most "
+                f"{_LARGEST_MULTIPLIER:g}, and at least one value"
+            )
         if not 0 < self.sampling_rate <= 1:
             raise BudgetError(f"sampling rate {self.sampling_rate} is no probability: choose a value in (0, 1]")
 
@@ -117,8 +123,20 @@ def epsilon(events: Iterable[Event], delta: float, accountant: AccountantName = 
         return 0.0
     if any(isinstance(event, Unprotected) for event in counts):
         return math.inf
+    if any(_hopeless(event, count) for event, count in counts.items() if isinstance(event, SampledGaussian)):
+        return math.inf
     sampled = tuple(sorted(((e, n) for e, n in counts.items() if isinstance(e, SampledGaussian)), key=repr))
     return _epsilon(sampled, delta, accountant)
+
+
+def _hopeless(event: SampledGaussian, count: int) -> bool:
+    """Whether noise is so small that epsilon is in the hundreds: infinity is said at once, a number would take minutes.
+
+    Infinity is always a sound answer; loss distributions of such events fill gigabytes.
+    """
+    if event.sampling_rate == 1:
+        return event.noise_multiplier / math.sqrt(count) < 0.05
+    return event.noise_multiplier < 0.25
 
 
 @lru_cache(maxsize=4096)

@@ -23,7 +23,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,7 +107,8 @@ class Ledger:
         self._public_key = public_key
         self._connection = sqlite3.connect(path, timeout=30.0, isolation_level=None)
         self._connection.execute("PRAGMA synchronous=FULL")
-        self._connection.execute("PRAGMA journal_mode=WAL")
+        # A rollback journal, not a write-ahead log: the one file is the ledger, whoever copies it.
+        self._connection.execute("PRAGMA journal_mode=DELETE")
 
     @classmethod
     def create(cls, path: Path, *, key: SigningKey, about: dict[str, Any]) -> Ledger:
@@ -156,9 +157,23 @@ class Ledger:
         head = self._head()
         return head.hash if head else _GENESIS_LINK
 
-    def spend(self, event: Event, *, budget: Budget | None, purpose: dict[str, Any]) -> Row:
-        """Check, then record durably. The caller applies the event only after this returned."""
+    def spend(
+        self,
+        event: Event,
+        *,
+        budget: Budget | None,
+        purpose: dict[str, Any],
+        allowed: Callable[[list[dict[str, Any]]], None] = lambda earlier: None,
+    ) -> Row:
+        """Check, then record durably. The caller applies the event only after this returned.
+
+        `allowed` sees the purposes of all earlier spends and raises to refuse; it and the budget are checked inside the
+        write transaction, so two processes cannot both pass.
+        """
+        if budget is not None:
+            budget.check([*self.events(), event])  # before locking: accounting fills a cache and may take seconds
         with self._writing():
+            allowed(self.purposes())
             if budget is not None:
                 budget.check([*self.events(), event])
             return self._append("spend", {"event": event_to_json(event), "purpose": purpose})
@@ -175,6 +190,10 @@ class Ledger:
     def events(self) -> list[Event]:
         """Every event ever charged, released or not."""
         return [event_from_json(row.fields["event"]) for row in self.rows() if row.kind == "spend"]
+
+    def purposes(self) -> list[dict[str, Any]]:
+        """What each spend was for, in order."""
+        return [row.fields["purpose"] for row in self.rows() if row.kind == "spend"]
 
     def verify(self) -> None:
         """Recompute the chain, the signatures and every event; `LedgerError` names the first row that does not hold."""
@@ -223,13 +242,18 @@ class Ledger:
     @contextmanager
     def _writing(self) -> Iterator[None]:
         """One immediate transaction: the head cannot move between reading it and writing after it."""
-        self._connection.execute("BEGIN IMMEDIATE")
         try:
+            self._connection.execute("BEGIN IMMEDIATE")
             yield
-        except BaseException:
-            self._connection.execute("ROLLBACK")
+            self._connection.execute("COMMIT")
+        except BaseException as error:
+            if self._connection.in_transaction:
+                self._connection.execute("ROLLBACK")
+            if isinstance(error, sqlite3.Error):
+                raise LedgerError(
+                    f"{self.path} was not written ({error}): nothing may be released; free the disk"
+                ) from error
             raise
-        self._connection.execute("COMMIT")
 
 
 def _hash(seq: int, kind: str, body: str, link: str) -> str:

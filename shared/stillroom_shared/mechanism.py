@@ -94,8 +94,12 @@ class Central:
     unit: Literal["user"] = "user"
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.clip_norm) and self.clip_norm > 0):
-            raise BudgetError(f"clip norm {self.clip_norm} bounds nothing: choose a positive number, e.g. 0.3")
+        if not 1e-12 <= self.clip_norm <= 1e12:
+            raise BudgetError(
+                f"clip norm {self.clip_norm} bounds nothing: choose a number from 1e-12 to 1e12, e.g. 0.3"
+            )
+        if not 0 < self.noise_multiplier < math.inf:
+            raise BudgetError(f"noise multiplier {self.noise_multiplier} gives no protection: choose a value above 0")
         if self.devices < 1 or self.dimension < 1:
             raise BudgetError(f"{self.devices} devices and {self.dimension} values: both must be at least 1")
         self.event()  # refuses an impossible noise multiplier or sampling rate
@@ -140,7 +144,7 @@ class Central:
         return SampledGaussian(
             noise_multiplier=self.noise_multiplier,
             sampling_rate=self.sampling_rate,
-            sigma=max(self.sigma, 0),
+            sigma=self.sigma,
             dimension=self.dimension,
         )
 
@@ -221,7 +225,7 @@ def _finite(delta: NDArray[np.float32], dimension: int) -> NDArray[np.float64]:
 
 def _fits(steps: NDArray[np.int64]) -> bool:
     """Whether the exact L2 norm is at most `RESOLUTION`; Python integers cannot overflow."""
-    if steps.size and int(np.abs(steps).max()) > RESOLUTION:
+    if steps.size and (int(steps.max()) > RESOLUTION or int(steps.min()) < -RESOLUTION):
         return False
     # Below that bound a square is at most 2**56, so 64 of them fit int64; sum the partial sums exactly.
     squares = np.add.reduceat(steps * steps, np.arange(0, steps.size, 64)) if steps.size else steps

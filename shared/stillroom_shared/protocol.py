@@ -11,6 +11,7 @@ anything else in a message is a `ProtocolError` (on the server: a zero update).
 
 from __future__ import annotations
 
+import io
 import json
 from typing import Any
 
@@ -27,6 +28,7 @@ TRAIN = "train"
 ENROL = "query.enrol"
 
 _VALUES = "values"
+_LARGEST_HEADER = 1024
 
 
 class RoundOrder(BaseModel):
@@ -83,7 +85,7 @@ def read_order(content: RecordDict) -> tuple[RoundOrder, Adapter]:
         fields = content.config_records["round"]
         order = RoundOrder.model_validate_json(str(fields["order"]))
         spec = AdapterSpec.from_json(json.loads(str(fields["spec"])))
-        values = _read_vector(content.array_records["adapter"], np.dtype(np.float32))
+        values = _read_vector(content.array_records["adapter"], np.dtype(np.float32), spec.size)
         adapter = Adapter(spec, values.astype(np.float32))
     except (KeyError, TypeError, ValueError, ValidationError, StillroomError) as error:
         raise ProtocolError(
@@ -99,10 +101,13 @@ def update_message(update: Update) -> RecordDict:
     return RecordDict({"update": _vector(update)})
 
 
-def read_update(content: RecordDict) -> Update:
-    """What the server reads; `ProtocolError` for anything but one int32 vector."""
+def read_update(content: RecordDict, dimension: int) -> Update:
+    """What the server reads; `ProtocolError` for anything but one int32 vector of this length."""
     _require_keys(content, {"update"})
-    return _read_vector(content.array_records["update"], np.dtype(np.int32)).astype(np.int32)
+    record = content["update"]
+    if not isinstance(record, ArrayRecord):
+        raise ProtocolError(f"an update is a vector, not a {type(record).__name__}")
+    return _read_vector(record, np.dtype(np.int32), dimension).astype(np.int32)
 
 
 def enrolment_message(name: str) -> RecordDict:
@@ -113,7 +118,8 @@ def enrolment_message(name: str) -> RecordDict:
 def read_enrolment(content: RecordDict) -> str:
     """The enrolment name; `ProtocolError` when there is none."""
     _require_keys(content, {"enrolment"})
-    name = dict[str, Any](content.config_records["enrolment"]).get("name")
+    record = content["enrolment"]
+    name = dict[str, Any](record).get("name") if isinstance(record, ConfigRecord) else None
     if not isinstance(name, str) or not name:
         raise ProtocolError(f"enrolment name {name!r} is not a non-empty string")
     return name
@@ -123,17 +129,29 @@ def _vector(values: NDArray[np.float32] | NDArray[np.int32]) -> ArrayRecord:
     return ArrayRecord({_VALUES: Array(values)})
 
 
-def _read_vector(record: ArrayRecord, dtype: np.dtype[Any]) -> NDArray[Any]:
+def _read_vector(record: ArrayRecord, dtype: np.dtype[Any], length: int) -> NDArray[Any]:
+    """The vector of a record. Its header is a stranger's claim, so bytes are counted before NumPy allocates."""
     if set(record) != {_VALUES}:
         raise ProtocolError(f"arrays {sorted(record)} arrived where only {_VALUES!r} may travel")
-    try:
-        values = record[_VALUES].numpy()  # NumPy's file format, pickled objects refused by Flower
-    except (TypeError, ValueError, EOFError, OSError) as error:
-        raise ProtocolError(f"vector cannot be read: {error}") from error
-    if not isinstance(values, np.ndarray) or values.ndim != 1 or values.dtype != dtype:
+    array = record[_VALUES]
+    if len(array.data) > dtype.itemsize * length + _LARGEST_HEADER or tuple(array.shape) != (length,):
         raise ProtocolError(
-            f"expected a one-dimensional vector of {dtype}, got {getattr(values, 'shape', type(values))}"
+            f"vector of shape {tuple(array.shape)} in {len(array.data)} bytes: expected {length} of {dtype}"
         )
+    try:
+        with io.BytesIO(array.data) as file:
+            version = np.lib.format.read_magic(file)
+            header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, _, declared = header(file)
+            if shape != (length,) or declared != dtype:
+                raise ProtocolError(f"vector declares {shape} of {declared}: expected {length} of {dtype}")
+            values = np.frombuffer(file.read(), dtype)
+    except ProtocolError:
+        raise
+    except Exception as error:  # NumPy's header parser raises whatever a stranger's bytes lead it to
+        raise ProtocolError(f"vector cannot be read: {type(error).__name__}") from error
+    if values.shape != (length,):
+        raise ProtocolError(f"vector ends after {len(values)} values: expected {length} of {dtype}")
     return values
 
 

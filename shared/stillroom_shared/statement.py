@@ -14,7 +14,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from stillroom_shared.accounting import Event, SampledGaussian, epsilon
+from stillroom_shared.accounting import AccountantName, Event, SampledGaussian, epsilon
+from stillroom_shared.mechanism import MechanismName
 
 READERS = "readers of releases"
 OBSERVERS = "peers and network observers"
@@ -56,7 +57,12 @@ class PrivacyStatement(BaseModel):
 
     def paragraph(self) -> str:
         """The statement in plain words."""
-        if self.unit == "none" or self.epsilon["PLD"] is None:
+        if self.unit == "user" and self.epsilon["PLD"] is None:
+            return (
+                "No guarantee can be certified: updates were clipped and noised, but with too little noise for any bound "
+                "at this delta. Treat it as if there were no differential privacy."
+            )
+        if self.epsilon["PLD"] is None or self.unit == "none":
             return "No differential privacy: updates were neither clipped nor noised. This is a baseline for comparison only."
         observers = self.against[OBSERVERS]
         sentences = [
@@ -64,12 +70,13 @@ class PrivacyStatement(BaseModel):
             f"Against {READERS}, {self.rounds} round{'s' * (self.rounds != 1)} cost "
             f"{_figure(self.epsilon['PLD'], self.delta, READERS)}:",
             "whatever somebody concludes from the released models, they would have concluded almost as likely had the "
-            f"device contributed nothing; the factor is at most e to the {self.epsilon['PLD']:.2f}, "
+            f"device contributed nothing; the factor is at most e to the {_up(self.epsilon['PLD'])}, "
             f"but for a chance of {self.delta:.1e}.",
             f"Against {OBSERVERS}, who may see which devices take part and read the releases, sampling hides nothing: "
             f"{_figure(observers, self.delta, OBSERVERS)} for a device that joined every round.",
             "Against the coordinator there is no differential privacy guarantee (none): it sees single clipped updates, "
             "never queries, documents or embeddings.",
+            "Not covered: how long a device takes to answer, and what other federations of the same devices release.",
         ]
         if self.rehearsal:
             sentences.append(
@@ -86,8 +93,9 @@ def statement(
     sampling_rate: float,
     clip_norm: float | None,
     rehearsal: bool,
+    mechanism: MechanismName = "central",
 ) -> PrivacyStatement:
-    """The statement for all events charged so far, released or not.
+    """The statement for all events charged so far, released or not; `mechanism` decides where there are none yet.
 
     >>> step = SampledGaussian(noise_multiplier=2.0, sampling_rate=0.5, sigma=2**29, dimension=9_216)
     >>> made = statement([step] * 20, delta=1e-4, devices=1_000, sampling_rate=0.5, clip_norm=0.3, rehearsal=False)
@@ -95,9 +103,14 @@ def statement(
     [('peers and network observers', 10.23), ('readers of releases', 4.9), ('the coordinator', None)]
     """
     gaussians = [event for event in events if isinstance(event, SampledGaussian)]
-    protected = len(gaussians) == len(events)
-    readers = {name: _or_none(epsilon(events, delta, name)) for name in ("PLD", "RDP")}
-    unamplified = [event.without_sampling() for event in gaussians] if protected else events
+    protected = len(gaussians) == len(events) and mechanism != "none"
+
+    def cost(of: Sequence[Event], accountant: AccountantName = "PLD") -> float | None:
+        found = epsilon(of, delta, accountant) if protected else math.inf
+        return found if math.isfinite(found) else None
+
+    readers: dict[str, float | None] = {"PLD": cost(events), "RDP": cost(events, "RDP")}
+    unamplified = [event.without_sampling() for event in gaussians]
     return PrivacyStatement(
         unit="user" if protected else "none",
         mechanism="central" if protected else "none",
@@ -108,16 +121,17 @@ def statement(
         devices=devices,
         delta=delta,
         epsilon=readers,
-        against={READERS: readers["PLD"], OBSERVERS: _or_none(epsilon(unamplified, delta)), COORDINATOR: None},
+        against={READERS: readers["PLD"], OBSERVERS: cost(unamplified), COORDINATOR: None},
         rehearsal=rehearsal,
     )
 
 
-def _or_none(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+def _up(value: float) -> str:
+    """Two digits, rounded up: a guarantee is never printed better than it is."""
+    return f"{math.ceil(value * 100) / 100:.2f}"
 
 
 def _figure(value: float | None, delta: float, adversary: str) -> str:
     if value is None:
         return f"no guarantee (user level, delta {delta:.1e}, against {adversary})"
-    return f"epsilon {value:.2f} (user level, delta {delta:.1e}, against {adversary})"
+    return f"epsilon {_up(value)} (user level, delta {delta:.1e}, against {adversary})"

@@ -43,5 +43,6 @@ def audit_ledger(path: Path, *, public_key: str | None = None) -> tuple[PrivacyS
         sampling_rate=plan.sampling_rate,
         clip_norm=plan.clip_norm,
         rehearsal=plan.rehearsal,
+        mechanism=plan.mechanism,
     )
     return made, len(rows)

@@ -208,7 +208,8 @@ class DemoRun:
         def work() -> None:
             plan = make_plan(
                 rounds,
-                name=f"demo-{name}",
+                # Devices never answer an attempt twice: another plan over the same homes is another federation.
+                name=f"demo-{name}-{self._key(name)[:8]}",
                 release_folder=Path("../../release"),
                 enrolled=[device.name for device in self.population],
                 dimension=self.release.adapter_spec.size,

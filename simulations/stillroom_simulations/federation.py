@@ -61,6 +61,9 @@ class BatchedUpdates:
         """Homes whose device never asked for its update: it declined or failed, and sent zero instead."""
         return sorted({home for home, _, _ in self._ready})
 
+    def check(self, home: Path, order: RoundOrder) -> None:
+        """Nothing to refuse: all simulated devices hold the release that the trainer was made from."""
+
     def update(self, home: Path, order: RoundOrder, adapter: Adapter) -> NDArray[np.float32]:
         """The prepared update of one device."""
         try:

@@ -153,10 +153,13 @@ def _private_rounds(run: DemoRun, coordinator: Coordinator) -> list[dict[str, An
         for entry in map(json.loads, (coordinator.home / "rounds.jsonl").read_text().splitlines())
     }
     events, plan = coordinator.ledger.events(), coordinator.plan
+    # Retries are charged too: a round's epsilon covers every charge up to its last attempt.
+    of_round = [purpose["round"] for purpose in coordinator.ledger.purposes()]
+    charged = {number: sum(own <= number for own in of_round) for number in range(len(coordinator.state.history) + 1)}
     return [
         {
             "round": number,
-            "epsilon": epsilon(events[:number], plan.delta),
+            "epsilon": epsilon(events[: charged[number]], plan.delta),
             "ndcg_at_10": value,
             "cohort": round(plan.sampling_rate * len(plan.enrolled)),
             "update_norm": norms.get(number),

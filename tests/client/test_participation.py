@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from stillroom_client.device import Device
 from stillroom_client.participation import LEDGER_FILE, Consent, take_part
 from stillroom_shared.accounting import SampledGaussian
 from stillroom_shared.adapter import Adapter
-from stillroom_shared.errors import BudgetError, LedgerError
+from stillroom_shared.errors import BudgetError, LedgerError, ProtocolError
 from stillroom_shared.ledger import Ledger
 from stillroom_shared.protocol import RoundOrder, order_message, read_update
 from stillroom_shared.release import Release
@@ -64,6 +65,44 @@ def test_the_cap_holds(tmp_path: Path) -> None:
         take_part(tmp_path, order(round=3))
 
 
+def test_two_processes_cannot_both_answer_one_attempt(tmp_path: Path) -> None:
+    """Flower starts a process for every message: a check outside the write transaction is passed by both."""
+    take_part(tmp_path, order())
+    outcomes: list[str] = []
+
+    def attempt() -> None:
+        try:
+            take_part(tmp_path, order(round=2))
+            outcomes.append("joined")
+        except BudgetError:
+            outcomes.append("declined")
+
+    threads = [threading.Thread(target=attempt) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(outcomes) == ["declined"] * 5 + ["joined"]
+
+
+def test_another_federation_or_too_little_noise_is_declined_before_anything_is_spent(tmp_path: Path) -> None:
+    """A spend for an order that is then refused lets a coordinator use up a device's participations."""
+    Consent(federation="mine", minimum_noise_multiplier=1.0).save(tmp_path)
+    with pytest.raises(ProtocolError, match="joined 'mine'"):
+        take_part(tmp_path, order())
+    with pytest.raises(BudgetError, match=r"noise multiplier 0\.1 is below"):
+        take_part(tmp_path, order(federation="mine", noise_multiplier=0.1))
+    assert not (tmp_path / LEDGER_FILE).exists()
+
+
+def test_a_removed_ledger_is_not_begun_again(tmp_path: Path) -> None:
+    """A device that forgets what it spent spends it again."""
+    take_part(tmp_path, order())
+    (tmp_path / LEDGER_FILE).unlink()
+    with pytest.raises(LedgerError, match="is gone"):
+        take_part(tmp_path, order(round=2))
+
+
 def test_a_device_whose_ledger_is_damaged_takes_no_part(tmp_path: Path) -> None:
     """Starting a new ledger would forget what was spent."""
     take_part(tmp_path, order())
@@ -76,6 +115,9 @@ def test_a_device_whose_ledger_is_damaged_takes_no_part(tmp_path: Path) -> None:
 
 class _Leaky:
     """A source of updates that fails with private text."""
+
+    def check(self, home: Path, order: RoundOrder) -> None:
+        pass
 
     def update(self, home: Path, order: RoundOrder, adapter: Adapter) -> np.ndarray:
         raise RuntimeError("the query was: am I ill")
@@ -92,7 +134,7 @@ def test_a_failing_device_answers_with_a_zero_vector_and_nothing_else(
     (reply,) = grid.send_and_receive([message])
     assert not reply.has_error()
     assert set(reply.content) == {"update"}
-    update = read_update(reply.content)
+    update = read_update(reply.content, tiny_adapter.spec.size)
     assert update.shape == (tiny_adapter.spec.size,)
     assert not update.any()
 

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from flwr.app import Context, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from stillroom_server.app import HOME_KEY, server_app
 from stillroom_server.coordinate import KEY_FILE, LEDGER_FILE, Coordinator
 from stillroom_server.plan import Plan
 from stillroom_shared.accounting import epsilon
-from stillroom_shared.errors import SettingsError
+from stillroom_shared.errors import LedgerError, ProtocolError, SettingsError
 from stillroom_shared.ledger import Ledger
 from stillroom_shared.mechanism import RESOLUTION
 from stillroom_shared.protocol import enrolment_message, read_order, update_message
@@ -22,6 +22,8 @@ from stillroom_shared.release import Release
 from stillroom_shared.signing import SigningKey
 from stillroom_simulations.engine import InProcessGrid, run_server_app
 
+_HEADER = b"\x93NUMPY\x01\x00v\x00{'descr': '<i4', 'fortran_order': False, 'shape': (281474976710656,), }"
+_HOSTILE = {"zip": b"PK\x03\x04garbage", "cut header": _HEADER[:40], "huge header": _HEADER.ljust(127) + b"\n"}
 Behaviour = Callable[[Message, Context], Message]
 DEVICES = 6
 
@@ -92,7 +94,21 @@ def test_zeroing_one_device_moves_the_release_by_at_most_the_sensitivity(make_ho
     assert norm > 0.999 * RESOLUTION, "the bound is never reached: the test would pass for any clip norm"
 
 
-@pytest.mark.parametrize("kind", ["raises", "wrong type", "too long", "too large", "extra record", "silent"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "raises",
+        "wrong type",
+        "too long",
+        "too large",
+        "extra record",
+        "silent",
+        "other record",
+        "zip",
+        "cut header",
+        "huge header",
+    ],
+)
 def test_whatever_a_device_does_counts_as_zero(make_home: Callable[..., Path], kind: str) -> None:
     """An update that is dropped with its weight, or that aborts the round, makes the release depend on who failed."""
 
@@ -107,6 +123,11 @@ def test_whatever_a_device_does_counts_as_zero(make_home: Callable[..., Path], k
             return Message(update_message(np.ones(size + 1, np.int32)), reply_to=message)
         if kind == "too large":
             return Message(update_message(np.full(size, RESOLUTION, np.int32)), reply_to=message)
+        if kind == "other record":
+            return Message(RecordDict({"update": ConfigRecord({})}), reply_to=message)
+        if kind in _HOSTILE:
+            array = Array(dtype="int32", shape=(size,), stype="numpy.ndarray", data=_HOSTILE[kind])
+            return Message(RecordDict({"update": ArrayRecord({"values": array})}), reply_to=message)
         content = update_message(np.ones(size, np.int32))
         content["more"] = content["update"]
         return Message(content, reply_to=message)
@@ -234,6 +255,33 @@ def test_a_plan_is_not_changed_under_a_running_federation(make_home: Callable[..
     home = make_home()
     with pytest.raises(SettingsError, match="holds another plan"):
         Plan.load(home).model_copy(update={"noise_multiplier": 0.1}).save(home)
+
+
+def test_a_ledger_that_knows_less_than_the_checkpoint_is_refused(make_home: Callable[..., Path]) -> None:
+    """Removing the ledger, or restoring an old copy, would start the spend again below the adapter that was released."""
+    home = make_home(rounds=2)
+    run(home, everybody())
+    (home / LEDGER_FILE).unlink()
+    with pytest.raises(LedgerError, match="no charge for round 1"):
+        Coordinator(home)
+
+
+def test_nobody_online_is_waited_for_or_paid_for(make_home: Callable[..., Path]) -> None:
+    """A server that starts before its devices would spend the whole budget on noise."""
+    home = make_home(reply_timeout_seconds=0.01)
+    grid = InProcessGrid(client_app=app_of({}), nodes={}, run_config={HOME_KEY: str(home)})
+    with pytest.raises(ProtocolError, match="0 of 1 awaited nodes"):
+        run_server_app(server_app(), grid)
+    with Coordinator(home) as coordinator:
+        assert coordinator.ledger.events() == []
+    eager = make_home("eager", wait_for_nodes=0, rounds=1)
+    assert np.linalg.norm(run(eager, {})) > 0
+
+
+def test_a_delta_that_exposes_somebody_is_refused(make_home: Callable[..., Path]) -> None:
+    """At delta 1/N the mechanism that publishes one device's data is private."""
+    with pytest.raises(ValueError, match="exposed outright"):
+        make_home(delta=0.5)
 
 
 def test_an_unreadable_message_does_not_stop_the_round(make_home: Callable[..., Path]) -> None:

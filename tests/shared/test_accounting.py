@@ -67,12 +67,38 @@ def test_a_grid_too_coarse_certifies_nothing() -> None:
     assert epsilon([coarse], 1e-5) == math.inf
 
 
+def test_hardly_any_noise_is_infinite_at_once() -> None:
+    """Loss distributions of tiny noise fill gigabytes: a plan with a typing error would end the process."""
+    assert epsilon([step(0.02, 0.2)] * 400, 1e-4) == math.inf
+    assert epsilon([step(1.0, 1.0)] * 1_000, 1e-4) == math.inf
+
+
 def test_rounding_costs_delta() -> None:
     """The distance between discrete and rounded noise must be paid, however small."""
     fine = step(1.0, 0.5)
     coarser = SampledGaussian(noise_multiplier=1.0, sampling_rate=0.5, sigma=20_000, dimension=100)
     assert fine.distance < coarser.distance
     assert epsilon([coarser], 1e-5) > epsilon([fine], 1e-5)
+
+
+def test_the_slack_for_rounding_is_the_whole_slack() -> None:
+    """(epsilon, delta') for the rounded noise is (epsilon, delta' + (1 + e^epsilon) tau) for the noise that is added."""
+    delta, event = 1e-5, SampledGaussian(noise_multiplier=1.0, sampling_rate=1.0, sigma=12_000, dimension=100)
+    found = epsilon([event], delta)
+    slack = (1 + math.exp(found)) * event.distance
+    assert 0.2 * delta < slack < delta, "the slack must matter, or the test would pass without it"
+    assert gaussian_delta(found, 1.0) + slack <= delta
+    assert gaussian_delta(found - 0.02, 1.0) + (1 + math.exp(found - 0.02)) * event.distance > delta
+
+
+@pytest.mark.parametrize(
+    "fields", [{"dimension": 0}, {"dimension": -5}, {"noise_multiplier": 1e30}, {"noise_multiplier": math.nan}]
+)
+def test_an_event_that_cannot_be_is_refused(fields: dict[str, float]) -> None:
+    """A negative dimension would pay delta back."""
+    sound = {"noise_multiplier": 1.0, "sampling_rate": 0.5, "sigma": 2**28, "dimension": 3}
+    with pytest.raises(BudgetError):
+        SampledGaussian(**(sound | fields))  # type: ignore[arg-type]
 
 
 def test_events_survive_json_and_unknown_ones_are_refused() -> None:
