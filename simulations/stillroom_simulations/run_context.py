@@ -1,0 +1,180 @@
+"""What the stages of a run share: settings, folder, corpora, teacher, release, population, records.
+
+Everything is read back from the run's folder or from the cache when it is first needed, so that a run which resumes at its
+last stage loads only what that stage asks for.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from sentence_transformers import SentenceTransformer
+
+from stillroom_client.encoder import Encoder
+from stillroom_client.training import Record, Trainer, native_bfloat16
+from stillroom_server.coordinate import Coordinator
+from stillroom_server.teacher import TeacherVectors, load_teacher
+from stillroom_shared.corpus import Corpus
+from stillroom_shared.release import Release, open_release
+from stillroom_shared.settings import Settings
+from stillroom_shared.signing import SigningKey
+from stillroom_simulations.federation import mine_population
+from stillroom_simulations.population import SimulatedDevice, make_population
+from stillroom_simulations.sources import load_corpus
+from stillroom_simulations.workspace import Workspace, key_of
+
+FederationName = Literal["private", "nonprivate"]
+_ENCODED_AT_ONCE = 128
+
+
+@dataclass(frozen=True, eq=False)
+class RunContext:
+    """One run in one folder."""
+
+    settings: Settings
+    out: Path
+
+    @cached_property
+    def space(self) -> Workspace:
+        """The run's folder."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        return Workspace(self.out)
+
+    @cached_property
+    def corpora(self) -> tuple[Corpus, Corpus]:
+        """The public and the private corpus."""
+        return self._load_corpus(lambda done, total: None)
+
+    @property
+    def public(self) -> Corpus:
+        """Text that the operator may read."""
+        return self.corpora[0]
+
+    @property
+    def private(self) -> Corpus:
+        """Text that only devices read; evaluation stands outside of the federation and reads all."""
+        return self.corpora[1]
+
+    @property
+    def corpus_hash(self) -> str:
+        """Hash of both sides; stands beside every figure."""
+        return key_of(self.public.content_hash, self.private.content_hash)
+
+    @property
+    def autocast(self) -> bool:
+        """Whether to compute in bfloat16."""
+        return native_bfloat16()
+
+    @cached_property
+    def teacher(self) -> SentenceTransformer:
+        """The teacher model."""
+        return load_teacher(self.settings.distil.teacher)
+
+    @cached_property
+    def vectors(self) -> TeacherVectors:
+        """The teacher's cached vectors."""
+        return TeacherVectors(self.teacher, self.settings.speed.cache / "vectors", autocast=self.autocast)
+
+    @cached_property
+    def passage_vectors(self) -> NDArray[np.float32]:
+        """The teacher's float vectors of the private passages: the yardstick; devices use `device_vectors`."""
+        return self.vectors.encode([passage.full_text for passage in self.private.passages])
+
+    @cached_property
+    def operator(self) -> SigningKey:
+        """The operator's key, made on first use."""
+        path = self.out / "operator.key"
+        if not path.exists():
+            SigningKey.generate().save(path)
+        return SigningKey.load(path)
+
+    @cached_property
+    def release(self) -> Release:
+        """The distilled release, verified."""
+        return open_release(self.out / "release", trusted_key=self.operator.public)
+
+    @cached_property
+    def population(self) -> tuple[SimulatedDevice, ...]:
+        """Who owns what."""
+        return make_population(self.private, self.settings.population, seed=self.settings.seed)
+
+    @cached_property
+    def homes(self) -> dict[str, Path]:
+        """The home of each device."""
+        return {device.name: self.out / "devices" / device.name for device in self.population}
+
+    @property
+    def everything(self) -> Path:
+        """A home that holds every private passage: what the device path is measured on over the whole corpus."""
+        return self.out / "everything"
+
+    @cached_property
+    def trainer(self) -> Trainer:
+        """The frozen query tower that all simulated clients share."""
+        return Trainer(self.release.folder, self.release.adapter_spec, autocast=self.autocast)
+
+    def device_vectors(self, progress: Callable[[int, int], None] = lambda done, total: None) -> NDArray[np.float32]:
+        """Vectors of the private passages by the release's int8 document tower, as a device computes them; cached."""
+        texts = [passage.full_text for passage in self.private.passages]
+        name = key_of(self.release.document_tower_hash, self.private.content_hash)
+        path = self.settings.speed.cache / "vectors" / f"device-{name}.npy"
+        if not path.exists():
+            encoder = Encoder(self.release, precision="int8", threads=self.settings.speed.threads)
+            encoded = np.zeros((len(texts), self.release.dimension), np.float32)
+            for start in range(0, len(texts), _ENCODED_AT_ONCE):
+                chunk = slice(start, start + _ENCODED_AT_ONCE)
+                encoded[chunk] = encoder.encode_documents(texts[chunk])
+                progress(min(chunk.stop, len(texts)), len(texts))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_suffix(".partial.npy")
+            np.save(partial, encoded)
+            partial.replace(path)
+        return np.asarray(np.load(path, allow_pickle=False))
+
+    def records(self, candidates: int) -> dict[str, list[Record]]:
+        """Every device's training records, mined once for both federations."""
+        known: dict[int, dict[str, list[Record]]] = self.__dict__.setdefault("_records", {})
+        if candidates not in known:
+            homes = list(self.homes.values())
+            known[candidates] = mine_population(
+                homes, self.release, candidates=candidates, threads=self.settings.speed.threads
+            )
+        return known[candidates]
+
+    def coordinator(self, name: FederationName) -> Coordinator:
+        """A finished federation, for reading."""
+        return Coordinator(self.out / "federation" / name)
+
+    def peak_memory(self) -> int:
+        """Largest resident size of this process so far, in bytes."""
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+    def key(self, name: str) -> str:
+        """Hash of everything a stage's result depends on; later stages include earlier ones."""
+        settings = self.settings
+        chain: Sequence[tuple[str, object]] = (
+            ("teacher", (self.corpus_hash, settings.distil.teacher, settings.distil.sentences, settings.distil.seed)),
+            ("distil", settings.distil.model_dump(mode="json")),
+            ("release", settings.adapter.model_dump(mode="json")),
+            ("devices", (settings.population.model_dump(mode="json"), settings.seed)),
+            ("private", settings.rounds.model_dump(mode="json")),
+            ("nonprivate", settings.nonprivate.model_dump(mode="json")),
+            ("evaluate", None),
+        )
+        order = [stage for stage, _ in chain]
+        upto = order.index(name) + 1
+        included = [part for part in chain[:upto] if not (name == "nonprivate" and part[0] == "private")]
+        return key_of(included)
+
+    def _load_corpus(self, progress: Callable[[int, int], None]) -> tuple[Corpus, Corpus]:
+        speed = self.settings.speed
+        return load_corpus(self.settings.corpus, cache=speed.cache, workers=speed.workers, progress=progress)
