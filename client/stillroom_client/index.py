@@ -22,6 +22,8 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -62,9 +64,9 @@ class VectorIndex:
         flat = faiss.IndexScalarQuantizer(vectors.shape[1], faiss.ScalarQuantizer.QT_8bit, faiss.METRIC_INNER_PRODUCT)
         index = faiss.IndexIDMap(flat)
         if len(rows):
-            _use_one_thread()
-            index.train(vectors)
-            index.add_with_ids(vectors, rows)
+            with _one_thread():
+                index.train(vectors)
+                index.add_with_ids(vectors, rows)
         return cls(generation, len(rows), index)
 
     def search(self, queries: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
@@ -75,11 +77,11 @@ class VectorIndex:
             raise DataError(
                 f"query vectors of shape {queries.shape} cannot be searched: give finite ones, (n, {self._faiss.d})"
             )
-        _use_one_thread()
         k = min(k, self.count)
         if k == 0 or not len(queries):
             return np.zeros((len(queries), k), np.float32), np.zeros((len(queries), k), np.int64)
-        return self._faiss.search(np.ascontiguousarray(queries, np.float32), k)
+        with _one_thread():
+            return self._faiss.search(np.ascontiguousarray(queries, np.float32), k)
 
     def save(self, path: Path) -> None:
         """Replace the file in one step; a crash leaves the old file or the new one. One caller at a time."""
@@ -110,6 +112,15 @@ class VectorIndex:
         return cls(generation, footer["count"], faiss.deserialize_index(np.frombuffer(body, np.uint8)))
 
 
-def _use_one_thread() -> None:
-    """A second thread saves a fraction of a millisecond on an idle machine; on a busy one, waiting for it cost 40 ms."""
-    faiss.omp_set_num_threads(1)  # belongs to the calling thread
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """A second thread saves a fraction of a millisecond on an idle machine; on a busy one, waiting for it cost 40 ms.
+
+    Restored afterwards: the number belongs to the calling thread's OpenMP, which torch in the same process shares.
+    """
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(1)
+    try:
+        yield
+    finally:
+        faiss.omp_set_num_threads(before)

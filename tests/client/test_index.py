@@ -134,3 +134,15 @@ def test_saving_over_a_read_only_leftover(tmp_path: Path) -> None:
     with pytest.raises(OSError):
         built(3).save(tmp_path / "index.faiss")
     assert os.listdir(tmp_path) == ["index.faiss.partial"]
+
+
+def test_a_search_leaves_the_threads_of_other_libraries_alone() -> None:
+    """FAISS and torch share one OpenMP: a search that sets one thread for good halves the speed of all training after it."""
+    vectors = np.eye(8, 32, dtype=np.float32)
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(2)
+    try:
+        VectorIndex.build(np.arange(8), vectors, NOW).search(vectors, 3)
+        assert faiss.omp_get_max_threads() == 2
+    finally:
+        faiss.omp_set_num_threads(before)
