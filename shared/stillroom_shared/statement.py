@@ -70,7 +70,7 @@ class PrivacyStatement(BaseModel):
             f"Against {READERS}, {self.rounds} round{'s' * (self.rounds != 1)} cost "
             f"{_figure(self.epsilon['PLD'], self.delta, READERS)}:",
             "whatever somebody concludes from the released models, they would have concluded almost as likely had the "
-            f"device contributed nothing; the factor is at most e to the {_up(self.epsilon['PLD'])}, "
+            f"device contributed nothing; the factor is at most e to the {printed_epsilon(self.epsilon['PLD'])}, "
             f"but for a chance of {self.delta:.1e}.",
             f"Against {OBSERVERS}, who may see which devices take part and read the releases, sampling hides nothing: "
             f"{_figure(observers, self.delta, OBSERVERS)} for a device that joined every round.",
@@ -126,7 +126,7 @@ def statement(
     )
 
 
-def _up(value: float) -> str:
+def printed_epsilon(value: float) -> str:
     """Two digits, rounded up: a guarantee is never printed better than it is."""
     return f"{math.ceil(value * 100) / 100:.2f}"
 
@@ -134,4 +134,4 @@ def _up(value: float) -> str:
 def _figure(value: float | None, delta: float, adversary: str) -> str:
     if value is None:
         return f"no guarantee (user level, delta {delta:.1e}, against {adversary})"
-    return f"epsilon {_up(value)} (user level, delta {delta:.1e}, against {adversary})"
+    return f"epsilon {printed_epsilon(value)} (user level, delta {delta:.1e}, against {adversary})"

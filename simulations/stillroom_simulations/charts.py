@@ -139,7 +139,11 @@ def _round_axis(x: Scale, spent: Mapping[int, float | None], bottom: float, gap:
         cost = spent[number]
         body += _line(x(number), bottom, x(number), bottom + 4, "rule")
         body += _text(x(number), bottom + 20, str(number), "soft small mid")
-        body += _text(x(number), bottom + 38, f"{cost:.1f}", "hero-text small mid") if cost is not None else ""
+        body += (
+            _text(x(number), bottom + 38, f"{math.ceil(cost * 10) / 10:.1f}", "hero-text small mid")
+            if cost is not None
+            else ""
+        )
     body += _text(x.end + 18, bottom + 20, "round", "soft small")
     if any(cost is not None for cost in spent.values()):
         body += _text(x.end + 18, bottom + 38, "epsilon", "hero-text small")

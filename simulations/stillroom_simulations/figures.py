@@ -12,6 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from stillroom_shared.statement import printed_epsilon
+
 _BLOCK = re.compile(r"(<!-- figures: (?P<file>\S+) -->\n).*?(<!-- end of figures -->)", re.DOTALL)
 _QUALITY = {
     "teacher": "teacher, float32, exact search",
@@ -60,7 +62,7 @@ def render(benchmark: dict[str, Any]) -> str:
             "",
             f"Corpus {corpus['name']} ({corpus['hash'][:12]}): {corpus['passages']:,} private passages, "
             f"{corpus['queries']['test']:,} test queries, {privacy['devices']:,} devices; {seeds} seed{'s' * (seeds != 1)}. "
-            f"Private rounds: epsilon {privacy['epsilon']:.2f} (user level, delta {privacy['delta']:.1e}, against "
+            f"Private rounds: epsilon {printed_epsilon(privacy['epsilon'])} (user level, delta {privacy['delta']:.1e}, against "
             "readers of releases); against the coordinator: none. "
             f"Measured with `{benchmark['command']}` at {benchmark['commit']}.",
         ]

@@ -14,7 +14,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from stillroom_shared.statement import COORDINATOR, OBSERVERS
+from stillroom_shared.statement import COORDINATOR, OBSERVERS, printed_epsilon
 from stillroom_simulations.charts import NARROW, STAGE_NAMES, quality_chart, rounds_chart
 from stillroom_simulations.epsilon_context import EpsilonContextError, check_epsilon_context
 from stillroom_simulations.evaluate import METRICS
@@ -61,6 +61,7 @@ def render_report(results: Results) -> str:
         "size": human_size,
         "seconds": human_seconds,
         "scientific": scientific,
+        "epsilon": printed_epsilon,
         "snippet": snippet,
         "millions": lambda value: f"{value / 1e6:.1f} million" if value >= 1e6 else f"{value:,}",
     }
@@ -100,7 +101,7 @@ def guarantee(privacy: Privacy) -> str:
     if privacy.epsilon is None:
         return f"no differential privacy (mechanism {privacy.mechanism}); coordinator: none"
     return (
-        f"epsilon {privacy.epsilon:.2f} ({privacy.unit} level, delta {scientific(privacy.delta)}, against "
+        f"epsilon {printed_epsilon(privacy.epsilon)} ({privacy.unit} level, delta {scientific(privacy.delta)}, against "
         f"{privacy.adversary}); against the coordinator: none"
     )
 
@@ -170,7 +171,7 @@ def snippet(text: str) -> str:
 
 
 def _spent(value: float | None) -> str:
-    return "none" if value is None else f"{value:.2f}"
+    return "none" if value is None else printed_epsilon(value)
 
 
 def _both_widths(wide: str, narrow: str) -> Markup:

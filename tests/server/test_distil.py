@@ -96,7 +96,7 @@ def test_ranking_counts_only_texts_with_relevance(teacher: SentenceTransformer, 
         float(
             AlignAndRank(student, lessons, SETTINGS.model_copy(update={"ranking_weight": weight}))(
                 [dict(features)], torch.tensor([row])
-            )
+            ).detach()
         )
         for weight in (1.0, 0.0)
     )

@@ -59,7 +59,7 @@ def test_another_key_or_another_plan_fails(federation: Path) -> None:
     assert other.exit_code == 1
     assert "not signed" in other.output
     plan = federation / "plan.json"
-    plan.write_text(plan.read_text().replace("0.001", "0.1"))
+    plan.write_text(plan.read_text().replace("0.001", "0.002"))
     changed = CliRunner().invoke(build_app(), ["audit", "ledger", str(federation)])
     assert changed.exit_code == 1
     assert "another plan" in changed.output

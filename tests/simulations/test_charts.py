@@ -49,7 +49,7 @@ def test_rounds_climb_to_the_right() -> None:
     heights = [one.ndcg_at_10 for one in results.rounds]
     assert np.argmin([y for _, y, _ in dots]) == np.argmax(heights)
     for width in (720, NARROW):
-        assert ">3.7<" in rounds_chart(results, width=width) and ">15<" in rounds_chart(results, width=width)
+        assert ">3.8<" in rounds_chart(results, width=width) and ">15<" in rounds_chart(results, width=width)
 
 
 def test_levels_are_of_the_same_queries_as_the_rounds() -> None:

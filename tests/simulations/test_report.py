@@ -137,7 +137,7 @@ def test_stable_keys(tmp_path: Path) -> None:
         *((f"{stage}.ndcg_at_10", 0.31234, "0.312") for stage in STAGES),
         *((f"{stage}.own_index.recall_at_10", 0.81234, "0.812") for stage in STAGES),
         ("student.intervals", {"ndcg_at_10": [0.1234, 0.9876]}, "0.123\u20130.988"),
-        ("privacy.epsilon", 1.2345, "epsilon 1.23 (user level"),
+        ("privacy.epsilon", 1.2345, "epsilon 1.24 (user level"),
         ("privacy.against", {"peers and network observers": 77.77}, "77.77"),
         ("privacy.epsilon_by_accountant", {"PLD": 3.71, "RDP": 55.55}, "55.55"),
         ("privacy.noise_multiplier", 4.56, "4.56"),
