@@ -23,9 +23,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from stillroom_client.files import private_folder, sync
 from stillroom_client.store import Store
 from stillroom_shared.errors import DataError
+from stillroom_shared.files import private_folder, sync
 from stillroom_shared.release import Release, SealedAdapter, open_adapter, open_release
 
 IDENTITY_NAME = "device.json"

@@ -32,9 +32,9 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
-from stillroom_client.files import replace_file
 from stillroom_client.store import Generation
 from stillroom_shared.errors import DataError, SettingsError
+from stillroom_shared.files import replace_file
 
 Fault = Literal["missing", "torn", "stale"]
 

@@ -13,8 +13,8 @@ Guarantees:
 
 from __future__ import annotations
 
+import io
 import logging
-import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -31,6 +31,7 @@ from stillroom_server.optimizer import OptimizerState
 from stillroom_server.plan import Plan
 from stillroom_shared.adapter import Adapter
 from stillroom_shared.errors import BudgetError, LedgerError, ProtocolError
+from stillroom_shared.files import replace_file
 from stillroom_shared.ledger import Ledger
 from stillroom_shared.mechanism import Mechanism, Total
 from stillroom_shared.protocol import ENROL, TRAIN, RoundOrder, order_message, read_enrolment, read_update
@@ -251,18 +252,10 @@ def _load_or_make_key(path: Path) -> SigningKey:
 
 
 def _save_state(path: Path, state: OptimizerState) -> None:
-    """Write, sync, rename: a checkpoint is whole or absent."""
-    partial = path.with_suffix(".partial.npz")
-    with partial.open("wb") as file:
-        np.savez(file, **vars(state))
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the rename too must outlast a power cut, or a released round would be forgotten
-    finally:
-        os.close(folder)
+    """Write the checkpoint: whole or absent, and outlasting a power cut, or a released round would be forgotten."""
+    content = io.BytesIO()
+    np.savez(content, **vars(state))
+    replace_file(path, content.getvalue())
 
 
 def _load_state(path: Path, size: int) -> OptimizerState:

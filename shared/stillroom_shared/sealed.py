@@ -27,6 +27,7 @@ from typing import Any, ClassVar, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from stillroom_shared.errors import ReleaseError
+from stillroom_shared.files import sync
 from stillroom_shared.signing import SigningKey, verify
 
 MANIFEST_NAME = "manifest.json"
@@ -159,9 +160,9 @@ def new_folder(folder: Path) -> Iterator[Path]:
         yield partial
         for root, _, names in os.walk(partial):
             for name in (*names, "."):
-                _sync(Path(root, name))
+                sync(Path(root, name))
         partial.rename(folder)
-        _sync(folder.parent)
+        sync(folder.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)  # gone already when the rename succeeded
 
@@ -240,11 +241,3 @@ def _entry(path: Path) -> FileEntry:
 
 def _rendered(fields: Mapping[str, Any]) -> bytes:
     return json.dumps(fields, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False).encode() + b"\n"
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -1,4 +1,4 @@
-"""Files of a device's home: readable by their owner only, replaced in one step, durable when the call returns."""
+"""Files of a home, a device's or a coordinator's: for their owner only, replaced in one step, durable on return."""
 
 from __future__ import annotations
 
