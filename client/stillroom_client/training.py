@@ -66,8 +66,9 @@ class Trainer:
     def __init__(self, query_tower: Path, spec: AdapterSpec, *, autocast: bool = False) -> None:
         self.spec = spec
         self._autocast = autocast
+        # Eager attention: for queries this short, the fused one's backward pass is the slower.
         self._tower = BertModel.from_pretrained(
-            query_tower, add_pooling_layer=False, local_files_only=True, attn_implementation="sdpa"
+            query_tower, add_pooling_layer=False, local_files_only=True, attn_implementation="eager"
         )
         self._tower.requires_grad_(False)
         self._tower.train(False)  # dropout off; gradients flow all the same

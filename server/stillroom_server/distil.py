@@ -157,6 +157,9 @@ def make_student(teacher: SentenceTransformer, layers: Sequence[int]) -> Sentenc
     tower.encoder.layer = nn.ModuleList(tower.encoder.layer[i] for i in layers)
     tower.config.num_hidden_layers = len(layers)
     tower.embeddings.requires_grad_(False)
+    # The fused attention makes one product for each head of each text in its backward pass: for texts this short, a step
+    # took 1.7 times as long.
+    tower.set_attn_implementation("eager")
     for module in student.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0

@@ -137,12 +137,13 @@ SCALES: Mapping[str, Mapping[str, object]] = {
     "small": {},
     "full": {
         "distil.epochs": 2.0,
-        "distil.sentences": 12_000,
+        "distil.sentences": 60_000,
         "population.distractors_median": 200,
         "rounds.rounds": 20,
         "rounds.noise_multiplier": 1.25,
-        "rounds.server_learning_rate": 1.5,
+        "rounds.server_learning_rate": 3.0,
         "nonprivate.rounds": 20,
+        "nonprivate.server_learning_rate": 4.0,
     },
 }
 """What each scale changes about the defaults, by dotted key."""
