@@ -98,7 +98,7 @@ def client_app(source: UpdateSource | None = None) -> ClientApp:
             answer = mechanism.bound(updates.update(home, order, adapter))
         except Exception:  # whatever went wrong stays here: an error report would be a release nobody accounted for
             _log.exception("round %d: this device sends a zero update", order.round)
-            answer = np.zeros(order.dimension, np.int32)
+            answer = np.zeros(mechanism.length, np.int32)
         return Message(update_message(answer), reply_to=message)
 
     return app

@@ -16,7 +16,7 @@ from __future__ import annotations
 import io
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -68,7 +68,7 @@ class Coordinator:
         self.spec = self.release.adapter_spec
         about = {"federation": self.plan.federation, "plan": self.plan.content_hash}
         self.ledger = Ledger.create(home / LEDGER_FILE, key=self.key, about=about)
-        self.state = _load_state(home / _STATE_FILE, self.spec.size)
+        self.state, self.unclipped = _load_state(home / _STATE_FILE, self.spec.size)
         self._check_ledger_covers_state()
 
     @property
@@ -143,10 +143,11 @@ class Coordinator:
         cohort = poisson_cohort(self.plan.enrolled, self.plan.sampling_rate, self._randomness("cohort", order))
         replies = _ask(grid, [nodes[name] for name in cohort if name in nodes], order, adapter, self.plan)
         total = sum_updates(replies, mechanism)
-        update = mechanism.release(total, self._randomness("noise", order))
-        self.state = self.plan.optimizer.step(self.state, update)
-        _save_state(self.home / _STATE_FILE, self.state)
-        return float(np.linalg.norm(update))
+        released = mechanism.release(total, self._randomness("noise", order))
+        self.state = self.plan.optimizer.step(self.state, released.update)
+        self.unclipped = (*self.unclipped, *([] if released.unclipped is None else [released.unclipped]))
+        _save_state(self.home / _STATE_FILE, self.state, self.unclipped)
+        return float(np.linalg.norm(released.update))
 
     def _check_ledger_covers_state(self) -> None:
         """A ledger that was removed or restored from an old copy knows less than the checkpoint: refuse to go on."""
@@ -161,7 +162,13 @@ class Coordinator:
     def _next_order(self) -> RoundOrder:
         number = len(self.state.history) + 1
         attempt = 1 + sum(purpose["round"] == number for purpose in self.ledger.purposes())
-        return self.plan.order(round_number=number, attempt=attempt, release=self.release.id, dimension=self.spec.size)
+        return self.plan.order(
+            round_number=number,
+            attempt=attempt,
+            release=self.release.id,
+            dimension=self.spec.size,
+            unclipped=self.unclipped,
+        )
 
     def _randomness(self, use: str, order: RoundOrder) -> Randomness:
         if self.plan.seed is None:
@@ -220,8 +227,8 @@ def enrolled_nodes(grid: Grid, plan: Plan) -> dict[str, int]:
 
 
 def sum_updates(replies: Iterable[Message], mechanism: Mechanism) -> Total:
-    """The exact sum of the admissible updates, (dimension,) int64; each node counts once, everything else is zero."""
-    total = np.zeros(mechanism.dimension, np.int64)
+    """The exact sum of the admissible updates, (length,) int64; each node counts once, everything else is zero."""
+    total = np.zeros(mechanism.length, np.int64)
     answered: set[int] = set()
     for reply in replies:
         node = reply.metadata.src_node_id
@@ -229,7 +236,7 @@ def sum_updates(replies: Iterable[Message], mechanism: Mechanism) -> Total:
             continue
         answered.add(node)
         try:
-            update = read_update(reply.content, mechanism.dimension)
+            update = read_update(reply.content, mechanism.length)
             admitted = mechanism.admit(update)
         except Exception:  # whatever a device's bytes lead to, the round goes on: it was charged, and others answered
             _log.exception("node %d sent what cannot be read: it counts as zero", node)
@@ -251,15 +258,17 @@ def _load_or_make_key(path: Path) -> SigningKey:
     return SigningKey.load(path)
 
 
-def _save_state(path: Path, state: OptimizerState) -> None:
+def _save_state(path: Path, state: OptimizerState, unclipped: Sequence[float]) -> None:
     """Write the checkpoint: whole or absent, and outlasting a power cut, or a released round would be forgotten."""
     content = io.BytesIO()
-    np.savez(content, **vars(state))
+    np.savez(content, **vars(state), unclipped=np.array(unclipped, np.float64))
     replace_file(path, content.getvalue())
 
 
-def _load_state(path: Path, size: int) -> OptimizerState:
+def _load_state(path: Path, size: int) -> tuple[OptimizerState, tuple[float, ...]]:
+    """The optimizer's state, and the shares of unclipped updates that rounds released."""
     if not path.exists():
-        return OptimizerState.start(np.zeros(size))
+        return OptimizerState.start(np.zeros(size)), ()
     with np.load(path, allow_pickle=False) as arrays:
-        return OptimizerState(**{name: arrays[name] for name in ("iterate", "velocity", "history")})
+        state = OptimizerState(**{name: arrays[name] for name in ("iterate", "velocity", "square", "history")})
+        return state, tuple(arrays["unclipped"].tolist())

@@ -7,12 +7,14 @@ nowhere else; the ledger's genesis row holds the plan's hash, so a plan changed 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from stillroom_server.optimizer import ServerOptimizer
+from stillroom_server.clipping import AdaptiveClip
+from stillroom_server.optimizer import OptimizerName, ServerOptimizer
 from stillroom_shared.errors import SettingsError
 from stillroom_shared.ledger import Budget
 from stillroom_shared.mechanism import MechanismName
@@ -29,6 +31,10 @@ class Plan(BaseModel):
         release_folder: the release whose query tower learns; relative paths start at the coordinator's home.
         enrolled: names of all enrolled devices; their number is public and is the N of the accounting.
         rounds: number of releases to make.
+        clip_norm: of every round; of the first one where `clip_quantile` is given.
+        clip_quantile: the share of updates that are to stay unclipped: each round's clip norm follows the noisy share of
+            the round before. None keeps the clip norm.
+        clip_rate, norm_bit: step of the clip norm's logarithm; size of the bit that is asked for, in clip norms.
         budget_epsilon: the most epsilon (user level, at `delta`, against readers of releases) ever to be spent.
         wait_for_nodes: how many nodes must be online before a round is charged; who is online is no private data.
         seed: fixes all randomness; allowed only in a rehearsal, whose statements promise nothing.
@@ -43,6 +49,9 @@ class Plan(BaseModel):
     rounds: int = Field(ge=0)
     sampling_rate: float = Field(gt=0, le=1)
     clip_norm: float | None = Field(default=None, gt=0)
+    clip_quantile: float | None = Field(default=None, gt=0, lt=1)
+    clip_rate: float = Field(default=0.2, gt=0)
+    norm_bit: float = Field(default=0.1, gt=0, le=1)
     noise_multiplier: float | None = Field(default=None, gt=0)
     budget_epsilon: float | None = Field(default=None, gt=0)
     delta: float = Field(gt=0, lt=1)
@@ -50,6 +59,7 @@ class Plan(BaseModel):
     local_learning_rate: float = Field(gt=0)
     temperature: float = Field(gt=0)
     candidates: int = Field(ge=2)
+    server_optimizer: OptimizerName = "momentum"
     server_learning_rate: float = Field(gt=0)
     momentum: float = Field(ge=0, lt=1)
     averaging: float = Field(ge=0, le=1)
@@ -71,6 +81,8 @@ class Plan(BaseModel):
             )
         if self.mechanism != "none" and None in (self.clip_norm, self.noise_multiplier, self.budget_epsilon):
             raise ValueError(f"mechanism {self.mechanism!r} needs clip_norm, noise_multiplier and budget_epsilon")
+        if self.mechanism == "none" and self.clip_quantile is not None:
+            raise ValueError(f"clip_quantile {self.clip_quantile}: mechanism none clips nothing, remove it")
         return self
 
     @property
@@ -87,19 +99,33 @@ class Plan(BaseModel):
     def optimizer(self) -> ServerOptimizer:
         """The server's optimizer."""
         return ServerOptimizer(
-            learning_rate=self.server_learning_rate, momentum=self.momentum, averaging=self.averaging
+            name=self.server_optimizer,
+            learning_rate=self.server_learning_rate,
+            momentum=self.momentum,
+            averaging=self.averaging,
         )
 
-    def order(self, *, round_number: int, attempt: int, release: str, dimension: int) -> RoundOrder:
-        """What devices are told in one attempt at one round."""
+    @property
+    def adaptive_clip(self) -> AdaptiveClip | None:
+        """How the clip norm moves; None when it does not."""
+        if self.clip_norm is None or self.clip_quantile is None:
+            return None
+        return AdaptiveClip(first=self.clip_norm, quantile=self.clip_quantile, rate=self.clip_rate)
+
+    def order(
+        self, *, round_number: int, attempt: int, release: str, dimension: int, unclipped: Sequence[float] = ()
+    ) -> RoundOrder:
+        """What devices are told in one attempt at one round; `unclipped` are the shares released by the rounds before."""
+        clip = self.adaptive_clip
         return RoundOrder(
             federation=self.federation,
             release=release,
             round=round_number,
             attempt=attempt,
             mechanism=self.mechanism,
-            clip_norm=self.clip_norm,
+            clip_norm=clip.norm_after(unclipped) if clip else self.clip_norm,
             noise_multiplier=self.noise_multiplier,
+            norm_bit=self.norm_bit if clip else 0.0,
             sampling_rate=self.sampling_rate,
             devices=len(self.enrolled),
             dimension=dimension,

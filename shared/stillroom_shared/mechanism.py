@@ -9,6 +9,9 @@ Guarantees (`Central`, user level, adjacency zero-out: a device's update becomes
       on the server, so a defective device costs its own update and nobody's privacy.
     - The sum's sensitivity is therefore `RESOLUTION` grid steps, and `sigma` is computed from it.
     - The denominator is `sampling_rate * devices`, both public: never a count of who answered.
+    - With `norm_bit`, an update carries one more integer: plus or minus a fixed number, for "was not clipped" or "was". It is
+      part of the vector that sensitivity, noise and event are computed for, so it costs what the event says and nothing else
+      (adaptive clipping: Andrew et al. 2021, arXiv 1905.03871).
 
 | update | bounded to |
 |---|---|
@@ -40,6 +43,20 @@ Update = NDArray[np.int32]
 Total = NDArray[np.int64]
 
 
+@dataclass(frozen=True, eq=False)
+class Released:
+    """What a round makes public.
+
+    Attributes:
+        update: the noisy mean update, (dimension,), in the units of the float updates.
+        unclipped: the noisy share of the expected cohort whose updates were not clipped, a number near [0, 1]; a device that
+            sent zero counts half. None where the mechanism does not ask.
+    """
+
+    update: NDArray[np.float64]
+    unclipped: float | None = None
+
+
 class Mechanism(Protocol):
     """One way to turn device updates into a release. Implementations are frozen values."""
 
@@ -55,19 +72,24 @@ class Mechanism(Protocol):
 
     @property
     def dimension(self) -> int:
-        """Length of an update."""
+        """Number of adapter values."""
+        ...
+
+    @property
+    def length(self) -> int:
+        """Length of an update as it travels."""
         ...
 
     def bound(self, delta: NDArray[np.float32]) -> Update:
-        """Device side: a float update, (dimension,), as bounded grid integers."""
+        """Device side: a float update, (dimension,), as bounded grid integers, (length,)."""
         ...
 
     def admit(self, update: NDArray[np.integer]) -> bool:
         """Server side: whether an arrived update may enter the sum; one that may not counts as zero."""
         ...
 
-    def release(self, total: Total, randomness: Randomness) -> NDArray[np.float64]:
-        """The noisy mean update, (dimension,), in the units of the float updates."""
+    def release(self, total: Total, randomness: Randomness) -> Released:
+        """The noisy mean of the updates whose exact sum, (length,), is given."""
         ...
 
     def event(self) -> Event:
@@ -78,6 +100,15 @@ class Mechanism(Protocol):
 @dataclass(frozen=True, kw_only=True)
 class Central:
     """User-level Gaussian mechanism, noise added once by the server.
+
+    Attributes:
+        clip_norm: largest L2 norm of an update.
+        noise_multiplier: standard deviation of the noise / sensitivity.
+        sampling_rate: probability with which a device is in a cohort.
+        devices: how many are enrolled.
+        dimension: number of adapter values.
+        norm_bit: size of the bit that says whether an update was clipped, in clip norms; 0: no such bit. At 0.1 it lengthens
+            the sensitivity by half a percent.
 
     >>> mechanism = Central(clip_norm=0.5, noise_multiplier=2.0, sampling_rate=0.5, devices=100, dimension=3)
     >>> update = mechanism.bound(np.array([3.0, 0.0, 4.0], np.float32))
@@ -90,6 +121,7 @@ class Central:
     sampling_rate: float
     devices: int
     dimension: int
+    norm_bit: float = 0.0
     name: Literal["central"] = "central"
     unit: Literal["user"] = "user"
 
@@ -102,12 +134,22 @@ class Central:
             raise BudgetError(f"noise multiplier {self.noise_multiplier} gives no protection: choose a value above 0")
         if self.devices < 1 or self.dimension < 1:
             raise BudgetError(f"{self.devices} devices and {self.dimension} values: both must be at least 1")
+        if not 0 <= self.norm_bit <= 1:
+            raise BudgetError(
+                f"norm bit {self.norm_bit} is no share of the clip norm: choose a value from 0 to 1, e.g. 0.1"
+            )
         self.event()  # refuses an impossible noise multiplier or sampling rate
 
     @property
+    def length(self) -> int:
+        """The adapter values, and the norm bit if there is one."""
+        return self.dimension + (self.norm_bit > 0)
+
+    @property
     def sensitivity(self) -> int:
-        """L2 sensitivity of the sum under zero-out, in grid steps."""
-        return RESOLUTION
+        """L2 sensitivity of the sum under zero-out, in grid steps, rounded up: a clipped update and its bit."""
+        squared = RESOLUTION**2 + self._bit**2
+        return RESOLUTION if squared == RESOLUTION**2 else math.isqrt(squared - 1) + 1
 
     @property
     def sigma(self) -> int:
@@ -119,25 +161,33 @@ class Central:
         """Expected cohort size: public and fixed."""
         return self.sampling_rate * self.devices
 
+    @property
+    def _bit(self) -> int:
+        """The norm bit in grid steps."""
+        return math.floor(self.norm_bit * RESOLUTION)
+
     def bound(self, delta: NDArray[np.float32]) -> Update:
         """Clip to `clip_norm` and round towards zero, so that rounding never lengthens an update."""
         scaled = _finite(delta, self.dimension) * (RESOLUTION / self.clip_norm)
         norm = float(np.linalg.norm(scaled))
         shrink = min(1.0, RESOLUTION / norm) if norm else 1.0
-        while True:
-            steps = np.trunc(scaled * shrink).astype(np.int64)
-            if _fits(steps):
-                return steps.astype(np.int32)
+        while not _fits(steps := np.trunc(scaled * shrink).astype(np.int64)):
             shrink *= 1 - 2.0**-40  # the float norm was short by a rounding error: decide by the exact one
+        sign = (norm > 0) - 2 * (norm > RESOLUTION)  # zero, short, long: 0, 1, -1
+        return np.append(steps, [sign * self._bit] * (self.length - self.dimension)).astype(np.int32)
 
     def admit(self, update: NDArray[np.integer]) -> bool:
-        """True when length, type and the exact norm hold."""
-        return update.shape == (self.dimension,) and update.dtype == np.int32 and _fits(update.astype(np.int64))
+        """True when length, type, the exact norm and the bit hold."""
+        if update.shape != (self.length,) or update.dtype != np.int32:
+            return False
+        steps = update.astype(np.int64)
+        return _fits(steps[: self.dimension]) and set(np.abs(steps[self.dimension :]).tolist()) <= {0, self._bit}
 
-    def release(self, total: Total, randomness: Randomness) -> NDArray[np.float64]:
+    def release(self, total: Total, randomness: Randomness) -> Released:
         """Add exact discrete Gaussian noise, then leave the grid; the rest is post-processing."""
-        noisy = total + discrete_gaussian(self.sigma, self.dimension, randomness)
-        return noisy.astype(np.float64) * (self.clip_norm / RESOLUTION / self.denominator)
+        noisy = (total + discrete_gaussian(self.sigma, self.length, randomness)).astype(np.float64) / self.denominator
+        update = noisy[: self.dimension] * (self.clip_norm / RESOLUTION)
+        return Released(update, 0.5 + float(noisy[-1]) / (2 * self._bit) if self.norm_bit else None)
 
     def event(self) -> SampledGaussian:
         """One Poisson-sampled Gaussian release."""
@@ -145,7 +195,7 @@ class Central:
             noise_multiplier=self.noise_multiplier,
             sampling_rate=self.sampling_rate,
             sigma=self.sigma,
-            dimension=self.dimension,
+            dimension=self.length,
         )
 
 
@@ -162,6 +212,11 @@ class NoPrivacy:
     _STEP = 2.0**-24  # a range of +-128, far beyond any update of a low-rank adapter
 
     @property
+    def length(self) -> int:
+        """The adapter values and nothing else."""
+        return self.dimension
+
+    @property
     def denominator(self) -> float:
         """Expected cohort size, as in `Central`."""
         return self.sampling_rate * self.devices
@@ -175,9 +230,9 @@ class NoPrivacy:
         """True when length and type hold."""
         return update.shape == (self.dimension,) and update.dtype == np.int32
 
-    def release(self, total: Total, randomness: Randomness) -> NDArray[np.float64]:
+    def release(self, total: Total, randomness: Randomness) -> Released:
         """The exact mean over the expected cohort."""
-        return total.astype(np.float64) * (self._STEP / self.denominator)
+        return Released(total.astype(np.float64) * (self._STEP / self.denominator))
 
     def event(self) -> Unprotected:
         """No noise: nothing is promised."""

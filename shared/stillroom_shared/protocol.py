@@ -47,6 +47,7 @@ class RoundOrder(BaseModel):
     mechanism: MechanismName
     clip_norm: float | None
     noise_multiplier: float | None
+    norm_bit: float = Field(default=0.0, ge=0, le=1)
     sampling_rate: float = Field(gt=0, le=1)
     devices: int = Field(ge=1)
     dimension: int = Field(ge=1)
@@ -69,6 +70,7 @@ class RoundOrder(BaseModel):
             sampling_rate=self.sampling_rate,
             devices=self.devices,
             dimension=self.dimension,
+            norm_bit=self.norm_bit,
         )
 
 
@@ -101,13 +103,13 @@ def update_message(update: Update) -> RecordDict:
     return RecordDict({"update": _vector(update)})
 
 
-def read_update(content: RecordDict, dimension: int) -> Update:
+def read_update(content: RecordDict, length: int) -> Update:
     """What the server reads; `ProtocolError` for anything but one int32 vector of this length."""
     _require_keys(content, {"update"})
     record = content["update"]
     if not isinstance(record, ArrayRecord):
         raise ProtocolError(f"an update is a vector, not a {type(record).__name__}")
-    return _read_vector(record, np.dtype(np.int32), dimension).astype(np.int32)
+    return _read_vector(record, np.dtype(np.int32), length).astype(np.int32)
 
 
 def enrolment_message(name: str) -> RecordDict:

@@ -65,12 +65,16 @@ class RoundsSettings(Group):
     rounds: int = Field(15, ge=0, description="planned rounds")
     sampling_rate: float = Field(0.2, gt=0, le=1, description="chance of a device to be in a round's cohort")
     clip_norm: float | None = Field(0.3, gt=0, description="largest L2 norm of an update")
+    clip_quantile: float | None = Field(
+        None, gt=0, lt=1, description="share of updates to leave unclipped: the clip norm follows it; none: it stays"
+    )
     noise_multiplier: float | None = Field(2.0, gt=0, description="noise standard deviation / sensitivity")
     target_epsilon: float | None = Field(None, gt=0, description="take the least noise that meets it, user level")
     delta: float | None = Field(None, gt=0, lt=1, description="none: 1 / (10 x enrolled devices)")
     budget_epsilon: float = Field(
         4.0, gt=0, description="against readers of releases; a round that would pass it is refused"
     )
+    server_optimizer: Literal["momentum", "adam"] = Field("momentum", description="how the server steps")
     server_learning_rate: float = Field(0.5, gt=0, description="step of the server along the noisy mean update")
     momentum: float = Field(0.9, ge=0, lt=1, description="server momentum")
     averaging: float = Field(
@@ -83,6 +87,8 @@ class RoundsSettings(Group):
 
     @model_validator(mode="after")
     def _noise_is_set_once(self) -> Self:
+        if self.mechanism == "none" and self.clip_quantile is not None:
+            raise ValueError(f"clip_quantile {self.clip_quantile}: mechanism none clips nothing, set it to none")
         bounded, noisy = self.clip_norm is not None, (self.noise_multiplier, self.target_epsilon) != (None, None)
         both = None not in (self.noise_multiplier, self.target_epsilon)
         values = ", ".join(f"{name} {getattr(self, name) or 'none'}" for name in _NOISE)

@@ -97,6 +97,7 @@ def bench_demo(
     ] = None,
 ) -> None:
     """Run the demo for several seeds, fine-tune centrally beside it, and write the figures with their intervals."""
+    _only_our_own_progress()
     from rich.console import Console
 
     from stillroom_shared.settings import load_settings

@@ -196,7 +196,7 @@ def test_a_round_over_the_budget_is_not_run(make_home: Callable[..., Path]) -> N
 
 def test_a_resumed_run_equals_an_uninterrupted_one(make_home: Callable[..., Path]) -> None:
     """State that lives only in memory (momentum, averages) is lost by a restart without anybody noticing."""
-    options = {"rounds": 4, "momentum": 0.9, "averaging": 0.5}
+    options = {"rounds": 4, "momentum": 0.9, "averaging": 0.5, "server_optimizer": "adam", "clip_quantile": 0.5}
     straight = run(make_home("straight", **options), everybody())
     home = make_home("resumed", **options)
     rounds = 0
@@ -225,6 +225,26 @@ def test_a_resumed_run_equals_an_uninterrupted_one(make_home: Callable[..., Path
     with pytest.raises(Stop):
         run_server_app(server_app(on_round), grid)
     np.testing.assert_allclose(run(home, everybody()), straight, rtol=1e-12)
+
+
+def test_the_clip_norm_follows_the_norms(make_home: Callable[..., Path]) -> None:
+    """A clip norm that is told to devices but not used for the release scales every update wrongly."""
+    told: list[float | None] = []
+
+    def remember(message: Message, context: Context) -> Message:
+        order, _ = read_order(message.content)
+        told.append(order.clip_norm)
+        return honest(1e6)(message, context)
+
+    home = make_home(rounds=3, sampling_rate=1.0, clip_quantile=0.5, noise_multiplier=0.5, budget_epsilon=1e3)
+    run(home, {f"d{i}": remember for i in range(DEVICES)})
+    norms = sorted({norm for norm in told if norm is not None})
+    assert len(norms) == 3
+    assert told[0] == norms[0] == 1.0
+    assert norms[2] > norms[1] > 1.0, "all updates are clipped, so the norm grows"
+    with Coordinator(home) as coordinator:
+        assert len(coordinator.unclipped) == 3
+        assert all(event.dimension == coordinator.spec.size + 1 for event in coordinator.ledger.events())
 
 
 def test_two_nodes_with_one_name_count_once(make_home: Callable[..., Path]) -> None:

@@ -100,10 +100,51 @@ def test_the_server_admits_only_what_fits() -> None:
     assert not mechanism.admit(fits.astype(np.int64))
 
 
+def test_the_norm_bit_says_what_was_clipped_and_is_zero_when_nothing_was_sent() -> None:
+    """With the sign turned round, the clip norm runs away from the norms that it should follow."""
+    mechanism = central(norm_bit=0.1)
+    short, long = np.full(DIMENSION, 1e-3, np.float32), np.full(DIMENSION, 1.0, np.float32)
+    bits = [int(mechanism.bound(update)[-1]) for update in (short, long, 0 * long, np.nan * long)]
+    assert bits[0] == -bits[1] == int(0.1 * RESOLUTION)
+    assert bits[2:] == [0, 0]
+    released = [
+        mechanism.release(mechanism.bound(update).astype(np.int64) * 50, Randomness(seed="quiet")).unclipped
+        for update in (short, long)
+    ]
+    error = mechanism.noise_multiplier * 1.005 / (2 * 0.1 * mechanism.denominator)
+    assert released == pytest.approx([1.0, 0.0], abs=5 * error)
+    assert released[0] is not None
+    assert released[1] is not None
+    assert released[0] - released[1] == pytest.approx(1.0, abs=1e-6), "same noise, opposite bits"
+
+
+def test_the_norm_bit_is_part_of_the_sensitivity_and_of_the_event() -> None:
+    """A bit that is released beside the sum with noise of its own, or with none, is a spend nobody recorded."""
+    mechanism = central(norm_bit=0.5)
+    bounded = mechanism.bound(np.full(DIMENSION, 1e3, np.float32)).astype(np.int64)
+    assert bounded.shape == (DIMENSION + 1,)
+    assert exact_norm_at_most(bounded, mechanism.sensitivity)
+    assert float(np.linalg.norm(bounded.astype(np.float64))) > 0.999 * mechanism.sensitivity
+    assert not exact_norm_at_most(bounded, RESOLUTION), "the bound without the bit would do as well"
+    assert mechanism.sigma >= 2.0 * mechanism.sensitivity
+    assert mechanism.event().dimension == DIMENSION + 1
+    assert mechanism.event().noise_multiplier == 2.0
+
+
+def test_a_larger_norm_bit_is_not_admitted() -> None:
+    """A device that claims ten clipped updates moves the sum further than the noise covers."""
+    mechanism = central(norm_bit=0.1)
+    update = mechanism.bound(np.ones(DIMENSION, np.float32))
+    assert mechanism.admit(update)
+    update[-1] *= 10
+    assert not mechanism.admit(update)
+    assert not mechanism.admit(update[:-1])
+
+
 def test_release_adds_the_noise_it_accounts_for_and_divides_by_a_public_number() -> None:
     """An empty cohort shows the noise alone; its scale and the denominator must be those of the event."""
     mechanism = Central(clip_norm=0.3, noise_multiplier=2.0, sampling_rate=0.5, devices=100, dimension=20_000)
-    released = mechanism.release(np.zeros(20_000, np.int64), Randomness(seed="empty cohort"))
+    released = mechanism.release(np.zeros(20_000, np.int64), Randomness(seed="empty cohort")).update
     expected = mechanism.event().noise_multiplier * 0.3 / 50
     standard_error = expected / np.sqrt(2 * len(released))
     assert abs(released.std() - expected) < 4 * standard_error
@@ -116,7 +157,7 @@ def test_the_baseline_is_exact() -> None:
     mechanism = NoPrivacy(sampling_rate=0.5, devices=4, dimension=3)
     update = np.array([0.5, -3.0, 1e-3], np.float32)
     total = mechanism.bound(update).astype(np.int64) * 2
-    np.testing.assert_allclose(mechanism.release(total, Randomness()), update, atol=1e-6)
+    np.testing.assert_allclose(mechanism.release(total, Randomness()).update, update, atol=1e-6)
     assert mechanism.event() == Unprotected(dimension=3)
     assert epsilon([mechanism.event()], 1e-5) == float("inf")
 
