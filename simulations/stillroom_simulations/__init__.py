@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from stillroom_simulations.engine import run_server_app as run_server_app
     from stillroom_simulations.federation import run_federation as run_federation
     from stillroom_simulations.measure import Trial as Trial
+    from stillroom_simulations.one_run_audit import OneRunAudit as OneRunAudit
+    from stillroom_simulations.one_run_audit import audit_one_run as audit_one_run
     from stillroom_simulations.population import SimulatedDevice as SimulatedDevice
     from stillroom_simulations.population import make_population as make_population
 
@@ -23,8 +25,10 @@ _HOME = {
     "DocstringSource": "docstrings",
     "Faults": "engine",
     "InProcessGrid": "engine",
+    "OneRunAudit": "one_run_audit",
     "SimulatedDevice": "population",
     "Trial": "measure",
+    "audit_one_run": "one_run_audit",
     "docstring_corpus": "docstrings",
     "make_population": "population",
     "run_federation": "federation",

@@ -21,8 +21,7 @@ def register(app: typer.Typer) -> None:
     app.command()(report)
     group = typer.Typer(name="audit", help="Check what was spent and what leaked.", no_args_is_help=True)
     group.command()(ledger)
-    # A second command keeps the name of the first: typer drops the name of a group's only command.
-    group.callback()(lambda: None)
+    group.command()(canaries)
     app.add_typer(group)
     measured = typer.Typer(name="bench", help="Measure the figures of record.", no_args_is_help=True)
     measured.command("demo")(bench_demo)
@@ -71,6 +70,35 @@ def ledger(
     made, rows = audit_ledger(path, public_key=key)
     trust = "signed by the key you named" if key else "consistent with itself; name --key to prove whose they are"
     typer.echo(f"{rows} rows verified, {trust}\n\n{made.paragraph()}")
+
+
+def canaries(
+    mechanism: Annotated[str, typer.Option(help="Which to audit: central or none.")] = "central",
+    epsilon: Annotated[float, typer.Option(help="What central is calibrated to, against readers of releases.")] = 1.0,
+    delta: Annotated[float, typer.Option(help="Of the guarantee; below 1 / canaries.")] = 1e-5,
+    canaries: Annotated[int, typer.Option(help="Canary devices; more give a tighter bound.")] = 1_000,
+    rounds: Annotated[int, typer.Option(help="Rounds to run.")] = 10,
+    sampling_rate: Annotated[float, typer.Option(help="Probability with which a device joins a round.")] = 0.1,
+    seed: Annotated[int | None, typer.Option(help="Fixes all randomness.  [default: none is fixed]")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Attack simulated rounds: a lower bound beside what is accounted for; exit status 1 when they contradict."""
+    import json
+
+    from rich.console import Console
+
+    from stillroom_shared.progress import Progress
+    from stillroom_simulations.canary_audit import STAGES, CanaryAuditSettings, audit_canaries
+
+    settings = CanaryAuditSettings.checked(
+        mechanism=mechanism, epsilon=epsilon, delta=delta, canaries=canaries, rounds=rounds,
+        sampling_rate=sampling_rate, seed=seed,
+    )  # fmt: skip
+    progress = Progress(STAGES, console=Console(stderr=True, highlight=False))
+    done = audit_canaries(settings, progress=progress)
+    typer.echo(json.dumps(done.to_json(), indent=2) if as_json else done.text())
+    if done.broken:
+        raise typer.Exit(1)
 
 
 def _only_our_own_progress() -> None:

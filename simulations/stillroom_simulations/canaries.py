@@ -1,0 +1,186 @@
+"""Canary devices in real rounds: the unit is a user, the rounds are the coordinator's own.
+
+Everything between an update and a release is what a deployment runs: plan, ledger, Poisson cohort, wire format, bounding,
+admission, integer sum, noise, denominator, server step. Only the training is replaced: a canary device answers with
+a direction of its own, ten times as long as the clip norm, or with zero where it is absent, which is the most that one
+device can do to a sum. No tower runs, so the release that the rounds belong to holds none; a device's own ledger is
+written by `stillroom_client`, stands after the order is read and before the update leaves, and is not audited here.
+
+All enrolled devices are canaries. Data of others would only add to the noise that the attacker sees.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+from numpy.typing import NDArray
+
+from stillroom_server.app import HOME_KEY, server_app
+from stillroom_server.coordinate import KEY_FILE, Coordinator, RoundReport
+from stillroom_server.plan import Plan
+from stillroom_shared.adapter import AdapterSpec
+from stillroom_shared.errors import StillroomError
+from stillroom_shared.mechanism import MechanismName
+from stillroom_shared.protocol import enrolment_message, read_order, update_message
+from stillroom_shared.randomness import Randomness
+from stillroom_shared.release import DOCUMENT_FOLDER, ONNX_FILES, TOKENIZER_NAME, Release, open_release, seal_release
+from stillroom_shared.signing import SigningKey
+from stillroom_shared.statement import PrivacyStatement
+from stillroom_simulations.engine import InProcessGrid, run_server_app
+
+_FIRST_NODE = 2
+"""Flower keeps node ids 0 and 1 for itself."""
+_NAME = "canary"
+_OVERLENGTH = 10.0
+"""Canaries send this many clip norms: a mechanism that forgot to clip would be audited with updates ten times too long."""
+_PLAIN_CLIP_NORM = 1.0
+
+
+@dataclass(frozen=True)
+class CanaryRounds:
+    """What a federation of canaries left behind.
+
+    Attributes:
+        released: the released mean updates, (rounds, dimension), as a reader of releases gets them from the iterates.
+        cohort_sizes: how many devices were asked in each round; no reader of releases sees these.
+        statement: what the coordinator's ledger says the rounds cost.
+    """
+
+    released: NDArray[np.float64]
+    cohort_sizes: tuple[int, ...]
+    statement: PrivacyStatement
+
+
+def canary_directions(canaries: int, randomness: Randomness) -> NDArray[np.float64]:
+    """Orthonormal directions in a space of twice as many dimensions, (canaries, 2 * canaries), uniform over all rotations.
+
+    Orthogonal, so that canaries do not disturb each other: interference is what makes audits in one run loose (arXiv
+    2503.07199). Dense and random, so that a coordinate without noise, or noise shared by coordinates, is noticed.
+
+    >>> directions = canary_directions(3, Randomness(seed="toy"))
+    >>> np.allclose(directions @ directions.T, np.eye(3)), directions.shape
+    (True, (3, 6))
+    """
+    gaussian = np.random.default_rng(randomness.bits(128)).normal(size=(2 * canaries, canaries))
+    frame, triangle = np.linalg.qr(gaussian)
+    # The signs of the triangle's diagonal depend on the algorithm; without this the frame would not be uniform.
+    return np.asarray((frame * np.sign(np.diag(triangle))).T, np.float64)
+
+
+def canary_release(folder: Path, canaries: int) -> Release:
+    """A sealed release without towers, whose adapters have twice as many values as there are canaries."""
+    for tower in (folder, folder / DOCUMENT_FOLDER):
+        for name in (*ONNX_FILES.values(), TOKENIZER_NAME):
+            (tower / name).parent.mkdir(parents=True, exist_ok=True)
+            (tower / name).write_text("canaries need no tower\n")
+    spec = AdapterSpec(rank=2, layers=(0,), targets=("value",), dim=canaries, seed=0)
+    key = SigningKey.generate()
+    fields = {
+        "dimension": 1,
+        "query_tokens": 3,
+        "document_tokens": 3,
+        "parent": None,
+        "adapter_round": 0,
+        "adapter_spec": spec,
+        "privacy_statement": None,
+    }
+    seal_release(folder, fields, key)
+    return open_release(folder, trusted_key=key.public)
+
+
+def canary_plan(
+    release: Release,
+    *,
+    canaries: int,
+    mechanism: MechanismName,
+    noise_multiplier: float | None,
+    budget_epsilon: float | None,
+    delta: float,
+    rounds: int,
+    sampling_rate: float,
+    seed: str | None,
+) -> Plan:
+    """The plan of a federation of canaries. Iterates are sums of releases: no momentum, no average, server step 1."""
+    private = mechanism != "none"
+    return Plan(
+        federation="canaries",
+        release_folder=release.folder,
+        enrolled=tuple(f"canary-{number}" for number in range(canaries)),
+        mechanism=mechanism,
+        rounds=rounds,
+        sampling_rate=sampling_rate,
+        clip_norm=_PLAIN_CLIP_NORM if private else None,
+        noise_multiplier=noise_multiplier if private else None,
+        budget_epsilon=budget_epsilon if private else None,
+        delta=delta,
+        local_steps=1,
+        local_learning_rate=1.0,
+        temperature=1.0,
+        candidates=2,
+        server_learning_rate=1.0,
+        momentum=0.0,
+        averaging=0.0,
+        rehearsal=seed is not None,
+        seed=seed,
+    )
+
+
+def run_canary_rounds(
+    home: Path,
+    plan: Plan,
+    directions: NDArray[np.float64],
+    present: NDArray[np.bool_],
+    *,
+    on_round: Callable[[RoundReport], None] = lambda report: None,
+) -> CanaryRounds:
+    """Run all rounds of the plan in a new `home`; the canary `i` answers along `directions[i]` where `present[i]`."""
+    plan.save(home)
+    SigningKey.generate().save(home / KEY_FILE)
+    asked: Counter[int] = Counter()
+    grid = InProcessGrid(
+        client_app=_canary_app(plan, directions, present, asked),
+        nodes={number: {_NAME: i} for i, number in enumerate(range(_FIRST_NODE, _FIRST_NODE + len(directions)))},
+        run_config={HOME_KEY: str(home)},
+    )
+    run_server_app(server_app(on_round), grid)
+    with Coordinator(home) as coordinator:
+        iterates, statement = coordinator.state.history, coordinator.statement()
+    if grid.failures or len(iterates) != plan.rounds:
+        raise StillroomError(
+            f"{grid.failures} canaries failed and {len(iterates)} of {plan.rounds} rounds were released in {home}: the audit "
+            "would look better than it is; see the log above"
+        )
+    released = np.diff(iterates, axis=0, prepend=np.zeros((1, iterates.shape[1])))
+    return CanaryRounds(released, tuple(asked[number] for number in range(1, plan.rounds + 1)), statement)
+
+
+def _canary_app(
+    plan: Plan, directions: NDArray[np.float64], present: NDArray[np.bool_], asked: Counter[int]
+) -> ClientApp:
+    """What a canary device runs; `asked` counts the devices of each round."""
+    app = ClientApp()
+
+    @app.query("enrol")
+    def enrol(message: Message, context: Context) -> Message:
+        return Message(enrolment_message(plan.enrolled[_number(context)]), reply_to=message)
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        order, _ = read_order(message.content)
+        asked[order.round] += 1
+        number = _number(context)
+        length = _OVERLENGTH * (order.clip_norm or _PLAIN_CLIP_NORM) if present[number] else 0.0
+        raw = (length * directions[number]).astype(np.float32)
+        return Message(update_message(order.build_mechanism().bound(raw)), reply_to=message)
+
+    return app
+
+
+def _number(context: Context) -> int:
+    return int(str(context.node_config[_NAME]))
