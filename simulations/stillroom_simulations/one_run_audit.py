@@ -4,8 +4,9 @@ Canaries are units whose data the auditor chose. Each is present with probabilit
 that its contribution is zero (zero-out adjacency), so whoever tells present from absent more often than an
 (epsilon, delta) mechanism allows has shown that the mechanism is not one.
 
-Theorem (5.2 there). For `m` canaries, an (epsilon, delta)-DP mechanism, and guesses about `r` canaries that are computed
-from its output alone, with W ~ Binomial(r, e^epsilon / (1 + e^epsilon)) and f(v) = P[W >= v],
+Theorem (the one there for approximate differential privacy). For `m` canaries, an (epsilon, delta)-DP mechanism, and
+guesses about `r` canaries that are computed from its output alone, with W ~ Binomial(r, e^epsilon / (1 + e^epsilon)) and
+f(v) = P[W >= v],
 
     P[at least v guesses are right] <= f(v) + 2 m delta max over i in 1..m of (f(v - i) - f(v)) / i.
 
@@ -17,6 +18,10 @@ Assumptions, and who keeps them:
 
 Only presence is guessed, for the highest scores: under Poisson sampling a high score is strong evidence, but nothing is
 strong evidence of absence, as a present unit is never sampled with probability (1 - rate)^rounds.
+
+Power, over 1,000 draws of a Gaussian model of the default audit (1,000 canaries, 10 rounds at rate 0.1, accounted as epsilon
+1 at user level, delta 1e-5, against readers of releases): the bound exceeds 1 in 98% with noise 5 times too small and in
+all with every unit in every round; with the right mechanism it never exceeds 0.6. Smaller defects may go unseen.
 """
 
 from __future__ import annotations
@@ -150,7 +155,7 @@ def epsilon_lower_bound(*, canaries: int, guesses: int, correct: int, delta: flo
 
 
 def p_value(*, canaries: int, guesses: int, correct: int, epsilon: float, delta: float) -> float:
-    """The most probable that an (epsilon, delta)-DP mechanism makes `correct` or more right guesses (the theorem above).
+    """How likely `correct` or more right guesses are at most, if the mechanism is (epsilon, delta)-DP (the theorem above).
 
     >>> round(p_value(canaries=10, guesses=10, correct=10, epsilon=0.0, delta=0.0) * 2**10, 6)
     1.0
