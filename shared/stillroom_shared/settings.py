@@ -148,8 +148,9 @@ SCALES: Mapping[str, Mapping[str, object]] = {
         "rounds.rounds": 20,
         "rounds.noise_multiplier": 1.25,
         "rounds.server_learning_rate": 3.0,
-        "nonprivate.rounds": 20,
-        "nonprivate.server_learning_rate": 4.0,
+        "nonprivate.rounds": 30,
+        "nonprivate.server_optimizer": "adam",
+        "nonprivate.server_learning_rate": 0.01,
     },
 }
 """What each scale changes about the defaults, by dotted key."""
