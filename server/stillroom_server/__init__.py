@@ -10,15 +10,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from stillroom_server.app import server_app as server_app
+    from stillroom_server.cohort import Rotation as Rotation
     from stillroom_server.coordinate import Coordinator as Coordinator
     from stillroom_server.coordinate import RoundReport as RoundReport
     from stillroom_server.plan import Plan as Plan
+    from stillroom_server.stream import RowStream as RowStream
     from stillroom_server.teacher import TeacherVectors as TeacherVectors
 
 _HOME = {
     "Coordinator": "coordinate",
     "Plan": "plan",
+    "Rotation": "cohort",
     "RoundReport": "coordinate",
+    "RowStream": "stream",
     "TeacherVectors": "teacher",
     "server_app": "app",
 }

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from stillroom_shared.corpus import Corpus as Corpus
     from stillroom_shared.corpus import Passage as Passage
     from stillroom_shared.corpus import Query as Query
+    from stillroom_shared.correlated import Correlated as Correlated
+    from stillroom_shared.correlated import calibrate_correlated as calibrate_correlated
     from stillroom_shared.errors import StillroomError as StillroomError
     from stillroom_shared.ledger import Budget as Budget
     from stillroom_shared.ledger import Ledger as Ledger
@@ -37,6 +39,7 @@ _HOME = {
     "Budget": "ledger",
     "Central": "mechanism",
     "Corpus": "corpus",
+    "Correlated": "correlated",
     "Ledger": "ledger",
     "NoPrivacy": "mechanism",
     "Passage": "corpus",
@@ -48,6 +51,7 @@ _HOME = {
     "SigningKey": "signing",
     "StillroomError": "errors",
     "calibrate": "mechanism",
+    "calibrate_correlated": "correlated",
     "epsilon": "accounting",
     "load_beir": "beir",
     "load_settings": "settings",

@@ -5,18 +5,17 @@ releases y_t = C_0 x_t + ... + C_{b-1} x_{t-b+1} + z_t with fresh independent z_
 of neighbouring rounds partly cancels in prefix sums. (C: lower-triangular, banded, Toeplitz; Denisov et al. 2022, arXiv
 2202.08312; multiple participations: Choquette-Choo et al. 2022, arXiv 2211.06530; bands and separation: arXiv 2306.08153.)
 Everything private is an integer: sums on the grid of `RESOLUTION`, coefficients in units of 1 / `ONE`, exact discrete
-Gaussian noise. Floating point starts after the rows, in `reconstruct`, which is post-processing.
+Gaussian noise. Floating point starts after the rows, where their strategy is inverted: post-processing.
 
 Guarantees (user level, adjacency zero-out; a device takes part at most `participations` times, any two at least
 `separation` >= b rounds apart, enforced by `stillroom_server.cohort.Rotation` and, against the server, by
 `stillroom_client.separation`):
-    - Sensitivity, exact: a participation in round t moves the rows t..t+b-1, by C_0 u..C_{b-1} u with |u| <= `RESOLUTION`; rows
-      after T do not exist. Two participations move disjoint rows, so squares add. The earlier a participation, the more
-      rows it moves, so participating in rounds 1, 1 + separation, ... attains the maximum, `squared_sensitivity`.
+    - Sensitivity: the participations of one device move disjoint rows, each at most b of them, by C_j u with |u| <=
+      `RESOLUTION`; the worst pattern is known, and the sensitivity exact (`stillroom_shared.toeplitz.squared_sensitivity`).
     - Adaptivity: a device's update depends on earlier rows. z_t is independent of them, and on every path the squared moves
       of the rows' means add up to at most `squared_sensitivity`; such a sequence of continuous Gaussian releases costs no
-      more than a single one of that sensitivity (arXiv 2202.08312, theorem 2.1; for moves chosen adaptively Smith and
-      Thakurta 2022, arXiv 2210.17520). Rounding is post-processing; the discrete noise's distance from it is in the event.
+      more than a single one of that sensitivity (arXiv 2202.08312; for moves that are themselves chosen adaptively, Smith
+      and Thakurta 2022, arXiv 2210.17520). Rounding is post-processing; the discrete noise's distance from it is in the event.
     - One event covers all T rows, whether released or not: epsilon does not depend on how far a run came. Sampling does not
       enter, so readers of releases, peers and observers of the network face the same epsilon.
 
@@ -34,7 +33,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -45,12 +44,15 @@ from stillroom_shared.errors import BudgetError, ProtocolError
 from stillroom_shared.mechanism import RESOLUTION, Central, Total, Update
 from stillroom_shared.noise import discrete_gaussian
 from stillroom_shared.randomness import Randomness
-
-ONE = 1 << 10
-"""The coefficient 1: rounding to 1 / ONE raises the error of prefix sums by less than 0.01% up to 64 bands."""
-
-Criterion = Literal["mean", "max"]
-Coefficients = tuple[int, ...]
+from stillroom_shared.toeplitz import (
+    Coefficients,
+    Criterion,
+    best_coefficients,
+    next_estimate,
+    require_coefficients,
+    require_schedule,
+    squared_sensitivity,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +79,7 @@ class Correlated:
     `coefficients` are C_0..C_{b-1} in units of 1 / ONE, C_0 = ONE, not increasing. Updates are bounded as in `Central`.
     `noise_multiplier` is the standard deviation of the noise / L2 sensitivity of all rows together.
 
+    >>> from stillroom_shared.toeplitz import ONE
     >>> mechanism = Correlated(
     ...     clip_norm=0.5, noise_multiplier=1e-6, coefficients=(1024, 512), participations=2, separation=2, rounds=4,
     ...     devices=8, dimension=1)
@@ -102,19 +105,14 @@ class Correlated:
     unit: Literal["user"] = "user"
 
     def __post_init__(self) -> None:
-        _require_coefficients(self.coefficients)
-        _require_schedule(self.rounds, self.participations, self.separation)
-        if not self.bands <= min(self.separation, self.rounds):
-            raise BudgetError(
-                f"{self.bands} bands: one device's participations are only {self.separation} rounds apart in {self.rounds} "
-                "rounds and would share rows; use fewer bands"
-            )
+        require_coefficients(self.coefficients)
+        require_schedule(self.rounds, self.participations, self.separation)
         if self.separation > self.devices:
             raise BudgetError(
                 f"separation {self.separation} leaves rounds without a cohort among {self.devices} devices: choose at most "
                 f"{self.devices}"
             )
-        self._clipping  # noqa: B018  # refuses a clip norm, a noise multiplier or a dimension that cannot be
+        self._clipping.event()  # refuses a clip norm, a noise multiplier or a dimension that cannot be
         # Noise passes 64 sigma with a probability below e^-2000.
         if self.devices * RESOLUTION * sum(self.coefficients) + 64 * self.sigma >= 1 << 63:
             raise BudgetError(
@@ -130,9 +128,7 @@ class Correlated:
     @property
     def squared_sensitivity(self) -> int:
         """Square of the L2 sensitivity of all rows together under zero-out, in (grid step / ONE)^2; exact."""
-        return (
-            _squared_sensitivity(self.coefficients, self.rounds, self.participations, self.separation) * RESOLUTION**2
-        )
+        return squared_sensitivity(self.coefficients, self.rounds, self.participations, self.separation) * RESOLUTION**2
 
     @cached_property
     def sigma(self) -> int:
@@ -166,7 +162,7 @@ class Correlated:
         row, sums = state.row + 1, np.vstack([state.sums, total])
         exact = np.array(self.coefficients[: len(sums)], np.int64) @ sums[::-1]  # int64: no BLAS, no rounding
         noisy = exact + discrete_gaussian(self.sigma, self.dimension, randomness)
-        estimates = np.vstack([state.estimates, _next_estimate(noisy, state.estimates, self.coefficients)])
+        estimates = np.vstack([state.estimates, next_estimate(noisy, state.estimates, self.coefficients)])
         kept = min(row, self.bands - 1) if row < self.rounds else 0  # after the last row nothing needs a sum any more
         return RunState(
             row, noisy, sums[len(sums) - kept :].copy(), estimates[-min(row, max(self.bands - 1, 1)) :].copy()
@@ -223,65 +219,6 @@ class Correlated:
             )
 
 
-def reconstruct(noisy: NDArray[np.int64], coefficients: Coefficients) -> NDArray[np.float64]:
-    """Estimates of the rounds' sums from rows 1..t, C^-1 y, (t, dimension), in grid steps: post-processing, in float64.
-
-    Coefficients that do not increase keep the recursion from growing: no root of their polynomial lies inside the unit
-    circle (Enestroem-Kakeya). Sums up to 2^53 / ONE come back exactly when there is no noise.
-    """
-    estimates = np.zeros(noisy.shape)
-    for row, values in enumerate(noisy):
-        estimates[row] = _next_estimate(values, estimates[:row], coefficients)
-    return estimates
-
-
-def prefix_error(
-    coefficients: Coefficients, *, rounds: int, participations: int, separation: int, criterion: Criterion = "mean"
-) -> float:
-    """Standard deviation of the noise in one value of the prefix sums, in clip norms at noise multiplier 1.
-
-    `criterion` "mean" is the root of the mean square over all prefixes, "max" the worst prefix, which is the last one. The
-    strategy (ONE,) is independent noise in every round: `Central` without sampling. At equal noise multiplier, and so at
-    equal epsilon:
-
-    >>> schedule = {"rounds": 64, "participations": 8, "separation": 8}
-    >>> for coefficients in ((ONE,), best_coefficients(8, **schedule)):
-    ...     print(*(round(prefix_error(coefficients, **schedule, criterion=c), 2) for c in ("mean", "max")))
-    16.12 22.63
-    7.54 9.76
-    """
-    impulse = np.zeros((rounds, 1), np.int64)
-    impulse[0] = 1
-    column = reconstruct(
-        impulse, coefficients
-    ).cumsum()  # first column of prefix sums times C^-1, which is Toeplitz too
-    times = np.arange(rounds, 0, -1) / rounds if criterion == "mean" else np.ones(rounds)
-    square = _squared_sensitivity(coefficients, rounds, participations, separation)
-    return math.sqrt(square * float(times @ column**2))
-
-
-@lru_cache(maxsize=64)
-def best_coefficients(
-    bands: int, rounds: int, participations: int, separation: int, criterion: Criterion = "mean"
-) -> Coefficients:
-    """The coefficients, within a family, with the least `prefix_error`.
-
-    The family is the power series of (1 - x)^-a, a in hundredths from 0 (independent noise) to 1: not increasing, and exact
-    rationals, so the rounded coefficients do not depend on the machine. a = 1/2 is the square root of the prefix-sum matrix,
-    near-optimal for as many bands as rounds (arXiv 2404.16706) and proposed with fewer in arXiv 2405.13763; fewer bands want a
-    larger a. Measured against coefficients optimized freely by BFGS, both criteria, 16 to 1,024 rounds and 4 bands to half the
-    rounds (to 32): the family is at most 0.4% above the optimum, a = 1/2 up to 17%. With as many bands as rounds its gap is 1.5%.
-
-    >>> best_coefficients(4, rounds=32, participations=8, separation=4)
-    (1024, 614, 492, 426)
-    """
-    if not 1 <= bands <= rounds:
-        raise BudgetError(f"{bands} bands in {rounds} rounds: choose from 1 to {rounds}")
-    schedule = {"rounds": rounds, "participations": participations, "separation": separation}
-    family = [_power_series(Fraction(hundredths, 100), bands) for hundredths in range(101)]
-    return min(family, key=lambda c: prefix_error(c, **schedule, criterion=criterion))
-
-
 def calibrate_correlated(
     *,
     target_epsilon: float,
@@ -302,6 +239,7 @@ def calibrate_correlated(
     in each of 64 rounds, by rotation and correlated noise / by rotation and independent noise / by Poisson sampling:
 
     >>> from stillroom_shared.mechanism import calibrate
+    >>> from stillroom_shared.toeplitz import ONE, prefix_error
     >>> common = {"target_epsilon": 2.0, "delta": 1e-5, "clip_norm": 1.0, "devices": 1_000, "dimension": 1_000, "rounds": 64}
     >>> schedule = {"rounds": 64, "participations": 8, "separation": 8}
     >>> made = calibrate_correlated(**common, participations=8, separation=8)
@@ -311,7 +249,7 @@ def calibrate_correlated(
     >>> round(sampled.noise_multiplier * math.sqrt((64 + 1) / 2), 1)
     13.0
     """
-    _require_schedule(rounds, participations, separation)
+    require_schedule(rounds, participations, separation)
     try:
         multiplier = smallest_noise_multiplier(
             target_epsilon=target_epsilon,
@@ -323,8 +261,7 @@ def calibrate_correlated(
         )
     except BudgetError as error:
         raise BudgetError(
-            f"epsilon {target_epsilon} at delta {delta} cannot be met by a run of {rounds} rows ({error}): "
-            "choose a larger epsilon; fewer rounds only lower the error, not the noise multiplier"
+            f"{error}; here the {rounds} rows of a run are one release without sampling: only a larger epsilon or delta helps"
         ) from error
     width = min(separation, rounds) if bands is None else bands
     return Correlated(
@@ -337,48 +274,3 @@ def calibrate_correlated(
         devices=devices,
         dimension=dimension,
     )
-
-
-def _squared_sensitivity(coefficients: Coefficients, rounds: int, participations: int, separation: int) -> int:
-    """Of the rows in 1 / ONE for updates of norm 1: participations as early as they may be, columns cut at the last row."""
-    _require_schedule(rounds, participations, separation)
-    if separation < len(coefficients):
-        raise BudgetError(f"separation {separation} is less than {len(coefficients)} bands: participations share rows")
-    starts = range(0, participations * separation, separation)
-    return sum(c * c for start in starts for c in coefficients[: rounds - start])
-
-
-def _next_estimate(
-    noisy: NDArray[np.int64], earlier: NDArray[np.float64], coefficients: Coefficients
-) -> NDArray[np.float64]:
-    """One step of solving C estimate = y, from the estimates of the rows before, the newest last."""
-    depth = min(len(earlier), len(coefficients) - 1)
-    known = np.array(coefficients[1 : depth + 1], np.float64) @ earlier[len(earlier) - depth :][::-1]
-    return np.asarray((noisy - known) / coefficients[0], np.float64)
-
-
-def _power_series(exponent: Fraction, bands: int) -> Coefficients:
-    """The first coefficients of (1 - x)^-exponent, rounded to 1 / ONE."""
-    series = [Fraction(1)]
-    for order in range(1, bands):
-        series.append(series[-1] * (exponent + order - 1) / order)
-    return tuple(round(ONE * coefficient) for coefficient in series)
-
-
-def _require_coefficients(coefficients: Coefficients) -> None:
-    ordered = list(coefficients) == sorted(coefficients, reverse=True)
-    if not coefficients or coefficients[0] != ONE or coefficients[-1] < 0 or not ordered:
-        raise BudgetError(
-            f"coefficients {coefficients} do not fall from {ONE} to at least 0: take those of best_coefficients"
-        )
-
-
-def _require_schedule(rounds: int, participations: int, separation: int) -> None:
-    if min(rounds, participations, separation) < 1:
-        raise BudgetError(
-            f"{rounds} rounds, {participations} participations, separation {separation}: each must be at least 1"
-        )
-    if participations > (most := math.ceil(rounds / separation)):
-        raise BudgetError(
-            f"{participations} participations, {separation} rounds apart, do not fit into {rounds} rounds: at most {most} do"
-        )

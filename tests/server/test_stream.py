@@ -14,11 +14,12 @@ from tests.references.factorization import toeplitz
 
 from stillroom_server import stream
 from stillroom_server.stream import RowStream
-from stillroom_shared.correlated import Correlated, reconstruct
+from stillroom_shared.correlated import Correlated
 from stillroom_shared.errors import LedgerError, ProtocolError
 from stillroom_shared.files import replace_file
 from stillroom_shared.mechanism import RESOLUTION
 from stillroom_shared.randomness import Randomness
+from stillroom_shared.toeplitz import reconstruct
 
 ROUNDS = 6
 MECHANISM = Correlated(

@@ -20,19 +20,11 @@ from tests.references.factorization import (
 )
 
 from stillroom_shared.accounting import CorrelatedGaussian, SampledGaussian, epsilon, event_from_json, event_to_json
-from stillroom_shared.correlated import (
-    ONE,
-    Correlated,
-    Criterion,
-    RunState,
-    best_coefficients,
-    calibrate_correlated,
-    prefix_error,
-    reconstruct,
-)
+from stillroom_shared.correlated import Correlated, RunState, calibrate_correlated
 from stillroom_shared.errors import BudgetError, ProtocolError
 from stillroom_shared.mechanism import RESOLUTION, Central
 from stillroom_shared.randomness import Randomness
+from stillroom_shared.toeplitz import ONE, Criterion, best_coefficients, prefix_error, reconstruct
 
 DELTA = 1e-5
 SCHEDULE = {"rounds": 64, "participations": 8, "separation": 8}
@@ -251,10 +243,11 @@ def test_events_survive_json_and_impossible_ones_are_refused() -> None:
         ({"separation": 2, "participations": 3}, "share rows"),
         ({"participations": 4}, "do not fit into 9 rounds: at most 3"),
         ({"participations": 0}, "at least 1"),
-        ({"coefficients": (1024, 400, 640)}, "do not fall"),
-        ({"coefficients": (512, 256)}, "do not fall"),
-        ({"coefficients": (1024, -1)}, "do not fall"),
-        ({"coefficients": ()}, "do not fall"),
+        ({"coefficients": (1024, 400, 640)}, "no integers that fall"),
+        ({"coefficients": (512, 256)}, "no integers that fall"),
+        ({"coefficients": (1024, -1)}, "no integers that fall"),
+        ({"coefficients": ()}, "no integers that fall"),
+        ({"coefficients": (1024, 0.5)}, "no integers that fall"),
         ({"devices": 2}, "without a cohort"),
         ({"noise_multiplier": 0.0}, "no protection"),
         ({"noise_multiplier": math.inf}, "no protection"),
@@ -334,7 +327,7 @@ def test_calibration_meets_its_target_and_not_by_much() -> None:
     assert 1.98 < epsilon([mechanism.event()], DELTA) <= 2.0
     fewer = calibrate_correlated(target_epsilon=2.0, bands=4, **common, **SCHEDULE)  # type: ignore[arg-type]
     assert fewer.bands == 4 and fewer.noise_multiplier == mechanism.noise_multiplier
-    with pytest.raises(BudgetError, match="cannot be met by a run of 64 rows"):
+    with pytest.raises(BudgetError, match="the 64 rows of a run are one release"):
         calibrate_correlated(target_epsilon=1e-6, **common, **SCHEDULE)  # type: ignore[arg-type]
     with pytest.raises(BudgetError, match="do not fit into 64 rounds: at most 8"):
         calibrate_correlated(target_epsilon=2.0, **common, **(SCHEDULE | {"participations": 9}))  # type: ignore[arg-type]
