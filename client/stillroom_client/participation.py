@@ -1,26 +1,43 @@
-"""A device's own say: which mechanisms it agrees to, how often, and its own ledger of what it took part in.
+"""A device's own say: which mechanisms it agrees to, how often, up to which spend, and its own ledger of what it took part in.
 
 The ledger is written before the update leaves. Its events are un-amplified (sampling hides nothing from the coordinator or
 from an observer), and an attempt that is already recorded is never answered again.
+
+Guarantees:
+    - Cap and limit are checked inside the transaction that records the spend, over all federations together.
+    - The key is saved after the ledger's genesis is on disk, so a key without a ledger always means a loss, never a start.
+    - An attempt that is declined for want of budget is recorded too, at no cost: receipts then look the same either way.
+    - After a loss the ledger begins again with the receipts of a counterpart, and with every row of the damaged file whose
+      signature holds; the device then answers only federations whose receipts were replayed.
 """
 
 from __future__ import annotations
 
+import secrets
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from stillroom_shared.accounting import SampledGaussian
-from stillroom_shared.errors import BudgetError, LedgerError, ProtocolError
-from stillroom_shared.ledger import Ledger
+from stillroom_client.home import Identity
+from stillroom_shared.accounting import event_from_json, event_to_json
+from stillroom_shared.errors import BudgetError, LedgerError, LedgerLostError, ProtocolError, SettingsError
+from stillroom_shared.files import exclusive, replace_file
+from stillroom_shared.ledger import Budget, Ledger, Row
 from stillroom_shared.mechanism import MechanismName
 from stillroom_shared.protocol import RoundOrder
+from stillroom_shared.receipts import Attempt, Charges, Receipt, issue, lost, read_receipt, unamplified
 from stillroom_shared.signing import SigningKey
+from stillroom_shared.statement import OBSERVERS
 
 LEDGER_FILE = "ledger.sqlite3"
 KEY_FILE = "device.key"
 CONSENT_FILE = "consent.json"
+_ABOUT = {"device": True}
+_MOST_DECLINED = 2_000  # a coordinator that asks without end must not fill the disk
 
 
 class Consent(BaseModel):
@@ -31,6 +48,8 @@ class Consent(BaseModel):
         mechanisms: those it takes part in.
         minimum_noise_multiplier: least noise, as a multiple of the sensitivity, under which it takes part.
         participations: a cap that is fixed in advance.
+        limit_epsilon: the most that all participations together may cost, un-amplified, at `limit_delta`; None for no limit
+            besides the cap.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -39,27 +58,145 @@ class Consent(BaseModel):
     mechanisms: tuple[MechanismName, ...] = ("central",)
     minimum_noise_multiplier: float = Field(default=0.5, ge=0)
     participations: int = Field(default=200, ge=0)
+    limit_epsilon: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    limit_delta: float = Field(default=1e-5, gt=0, lt=1)
+
+    @property
+    def budget(self) -> Budget | None:
+        """The limit as a budget. Un-amplified, so it holds against those who see which rounds the device joins."""
+        if self.limit_epsilon is None:
+            return None
+        return Budget(epsilon=self.limit_epsilon, delta=self.limit_delta, adversary=OBSERVERS)
 
     def save(self, home: Path) -> None:
-        """Write `consent.json`."""
-        (home / CONSENT_FILE).write_text(self.model_dump_json(indent=2) + "\n")
+        """Write `consent.json`, in one step."""
+        replace_file(home / CONSENT_FILE, f"{self.model_dump_json(indent=2)}\n".encode())
 
     @classmethod
     def load(cls, home: Path) -> Consent:
-        """Read `consent.json`; without one the default holds."""
+        """Read `consent.json`; without one the default holds. `SettingsError` names what does not fit."""
         path = home / CONSENT_FILE
-        return cls.model_validate_json(path.read_text()) if path.exists() else cls()
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except FileNotFoundError:
+            return cls()
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"])) or "consent"
+            raise SettingsError(f"{path}: {where}: {first['msg']} (got {str(first['input'])[:80]})") from error
 
 
 def take_part(home: Path, order: RoundOrder) -> None:
     """Record this participation durably, or decline before anything is spent.
 
     Raises:
-        BudgetError: the mechanism, its noise, the cap or the attempt is not agreed to.
+        BudgetError: the mechanism, its noise, the cap, the limit or the attempt is not agreed to.
         LedgerError: the device's ledger is gone or does not verify, so what was spent is unknown.
-        ProtocolError: the order is for another federation than the device has joined.
+        ProtocolError: the order is for another federation than the device has joined, or older than one it has answered.
     """
     consent = Consent.load(home)
+    _require_agreed(consent, order, home)
+    event = unamplified(order.build_mechanism().event())
+    attempt, purpose = Attempt(order.round, order.attempt), _purpose(order.federation, order.round, order.attempt)
+
+    def allowed(joined: list[dict[str, Any]]) -> None:
+        if purpose in joined:
+            raise BudgetError(f"{purpose} was answered already: an attempt is never answered twice")
+        if len(joined) >= consent.participations:
+            raise BudgetError(
+                f"participation {len(joined) + 1} is over the cap of {consent.participations} in {home / CONSENT_FILE}"
+            )
+
+    with open_ledger(home) as ledger:
+        _require_replayed(ledger.rows(), order.federation)
+        before = answered(ledger.rows(), order.federation)
+        if attempt in before:
+            raise BudgetError(f"{purpose} was answered already: an attempt is never answered twice")
+        if any(earlier > attempt for earlier in before):
+            raise ProtocolError(
+                f"{purpose} comes after {max(before)} was answered: the order is late, or the coordinator's ledger went back "
+                "in time; it must not release again what it has charged once"
+            )
+        try:
+            ledger.spend(event, budget=consent.budget, purpose=purpose, allowed=allowed)
+        except BudgetError:
+            declined = [row for row in ledger.rows() if row.kind == "note" and "declined" in row.fields]
+            if len(declined) < _MOST_DECLINED:
+                ledger.record({"declined": purpose, "event": event_to_json(event)})
+            raise
+
+
+def open_ledger(home: Path) -> Ledger:
+    """The device's ledger for writing, with its key; both are made on first use.
+
+    Raises:
+        LedgerError: one of the two is gone, or the ledger does not verify.
+    """
+    key_path, ledger_path = home / KEY_FILE, home / LEDGER_FILE
+    if not key_path.exists():
+        with exclusive(home):
+            if not key_path.exists():
+                _begin(ledger_path, key_path)
+    return Ledger.resume(ledger_path, key=SigningKey.load(key_path), about=_ABOUT)
+
+
+def answered(rows: Sequence[Row], federation: str) -> dict[Attempt, Any]:
+    """Every attempt of a federation that this device joined, or declined for want of budget, with its event."""
+    found = {}
+    for row in rows:
+        purpose = row.fields.get("purpose" if row.kind == "spend" else "declined")
+        if purpose and purpose["federation"] == federation:
+            found[Attempt(purpose["round"], purpose["attempt"])] = event_from_json(row.fields["event"])
+    return found
+
+
+def device_receipt(home: Path, federation: str) -> Receipt:
+    """What this device tells the coordinator of a federation about its own ledger, and nothing about any other."""
+    identity = Identity.load(home)
+    with open_ledger(home) as ledger:
+        charges: Charges = answered(ledger.rows(), federation)
+    key = SigningKey.load(home / KEY_FILE).derive("receipts", federation, identity.trusted_key)
+    return issue("device", charges, federation=federation, device=identity.name, key=key)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recovery:
+    """What `recover` did. `salvaged` counts spends taken over from a damaged ledger, None when it was sound."""
+
+    federation: str
+    witnessed: int
+    added: int
+    salvaged: int | None
+
+
+def recover(home: Path, content: bytes) -> Recovery:
+    """Replay a coordinator's receipt about this device: what the ledger lacks is charged, nothing is taken back.
+
+    A ledger that is gone or damaged begins again, with what can be salvaged of it; the damaged file stays beside it.
+
+    Raises:
+        ProtocolError: the receipt is not of the trusted operator, not about this device, or of a federation it did not join.
+        LedgerError: the device's key is gone.
+    """
+    identity, consent = Identity.load(home), Consent.load(home)
+    receipt = read_receipt(
+        content, by="coordinator", device=identity.name, federation=consent.federation, public_key=identity.trusted_key
+    )
+    salvaged: int | None = None
+    try:
+        ledger = open_ledger(home)
+    except LedgerLostError:
+        with exclusive(home):
+            salvaged = _begin_again(home)
+        ledger = open_ledger(home)
+    with ledger:
+        missing = lost(receipt.charges, answered(ledger.rows(), receipt.federation))
+        spends = [(receipt.charges[attempt], _purpose(receipt.federation, *attempt)) for attempt in missing]
+        added = ledger.recover(spends, note={"replayed": receipt.federation})
+    return Recovery(federation=receipt.federation, witnessed=len(receipt.charges), added=added, salvaged=salvaged)
+
+
+def _require_agreed(consent: Consent, order: RoundOrder, home: Path) -> None:
     if consent.federation not in (None, order.federation):
         raise ProtocolError(
             f"the order is of federation {order.federation!r}, this device joined {consent.federation!r}"
@@ -73,28 +210,48 @@ def take_part(home: Path, order: RoundOrder) -> None:
         raise BudgetError(
             f"mechanism {order.mechanism!r} is not among those agreed to {consent.mechanisms}: {home / CONSENT_FILE}"
         )
-    key_path, ledger_path = home / KEY_FILE, home / LEDGER_FILE
-    if not key_path.exists():
-        SigningKey.generate().save(key_path)
-    elif not ledger_path.exists():
+
+
+def _require_replayed(rows: Sequence[Row], federation: str) -> None:
+    """After a loss, what was spent on a federation is unknown until its coordinator said what it saw."""
+    notes = [row.fields for row in rows if row.kind == "note"]
+    if any("begun_again" in note for note in notes) and not any(note.get("replayed") == federation for note in notes):
         raise LedgerError(
-            f"{ledger_path} is gone but {key_path} is there: what was spent is unknown; restore the ledger"
+            f"this device's ledger was lost once, and what it spent on federation {federation!r} is unknown: replay the "
+            "receipt of its coordinator (`stillroom budget --recover FILE`)"
         )
-    attempt = {"federation": order.federation, "round": order.round, "attempt": order.attempt}
 
-    def allowed(joined: list[dict[str, Any]]) -> None:
-        if attempt in joined:
-            raise BudgetError(f"{attempt} was answered already: an attempt is never answered twice")
-        if len(joined) >= consent.participations:
-            raise BudgetError(
-                f"participation {len(joined) + 1} is over the cap of {consent.participations} in {home / CONSENT_FILE}"
-            )
 
-    with Ledger.create(ledger_path, key=SigningKey.load(key_path), about={"device": True}) as ledger:
-        event = order.build_mechanism().event()
-        ledger.spend(
-            event.without_sampling() if isinstance(event, SampledGaussian) else event,
-            budget=None,
-            purpose=attempt,
-            allowed=allowed,
+def _purpose(federation: str, round_number: int, attempt: int) -> dict[str, Any]:
+    return {"federation": federation, "round": round_number, "attempt": attempt}
+
+
+def _begin(ledger_path: Path, key_path: Path) -> None:
+    """The first ledger of a device, then its key: nothing can have been spent before the key is there."""
+    if ledger_path.exists() and ledger_path.stat().st_size:
+        with Ledger.open(ledger_path) as left:
+            if len(left.rows()) > 1:
+                raise LedgerError(
+                    f"{key_path} is gone but {ledger_path} holds spends: restore the key beside its ledger"
+                )
+    key = SigningKey.generate()
+    Ledger.begin(ledger_path, key=key, about=_ABOUT)
+    key.save(key_path)
+
+
+def _begin_again(home: Path) -> int:
+    """A new ledger in place of one that is lost, with the rows of it that hold; how many spends those are."""
+    ledger_path = home / LEDGER_FILE
+    key = SigningKey.load(home / KEY_FILE) if (home / KEY_FILE).exists() else None
+    if key is None:
+        raise LedgerError(
+            f"{home / KEY_FILE} is gone: restore the key, without it no row can be told from a forged one"
         )
+    rows: list[Row] = []
+    with suppress(LedgerLostError), Ledger.open(ledger_path, public_key=key.public) as damaged:
+        rows = damaged.genuine()
+    if ledger_path.exists():
+        (home / f"{LEDGER_FILE}.damaged-{secrets.token_hex(4)}").hardlink_to(ledger_path)
+    spends = [(event_from_json(row.fields["event"]), row.fields["purpose"]) for row in rows if row.kind == "spend"]
+    Ledger.begin(ledger_path, key=key, about=_ABOUT, note={"begun_again": True}, spends=spends)
+    return len(spends)

@@ -24,6 +24,10 @@ class LedgerError(StillroomError):
     """A ledger cannot be read, does not verify, or was asked to do what would break it."""
 
 
+class LedgerLostError(LedgerError):
+    """A ledger is gone, emptied or damaged: trying again will not help, the counterpart's receipts will."""
+
+
 class BudgetError(StillroomError):
     """A planned spend would pass the privacy budget, or a budget cannot be met at all."""
 

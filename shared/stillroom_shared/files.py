@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import tempfile
@@ -44,6 +45,17 @@ def private_folder(folder: Path) -> Iterator[Path]:
         sync(folder.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)  # gone already when the rename succeeded
+
+
+@contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """One thread of one process at a time, for all who ask for this folder. A crash gives it back; it does not nest."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def sync(path: Path) -> None:

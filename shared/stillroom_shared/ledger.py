@@ -5,16 +5,20 @@ an fsync, and only then returns; whoever releases must hold the returned row. A 
 recorded, and a retry is charged again, because nobody can know whether the first attempt was seen.
 
 Guarantees:
-    - A row is on disk (`synchronous=FULL`) when `spend` or `record` returns.
+    - A row is on disk when `spend` or `record` returns: `synchronous=EXTRA`, because with FULL alone a power cut can bring
+      the journal of a committed row back, and the row is then rolled back after it was relied on (sqlite.org/pragma.html).
+    - A ledger appears whole, with its genesis, or not at all; what exists and is empty was damaged, and is never begun again.
     - Rows are never changed: `verify` recomputes every hash, link and signature and names the first row that does not hold.
     - Two writers cannot fork the chain: the head is read again inside the write transaction.
     - A budget that would be passed is refused before anything is written.
 
 | case | result |
 |---|---|
-| missing file opened for reading | `LedgerError` |
-| altered, removed, reordered or unsigned row | `LedgerError` naming the row |
-| torn write | SQLite's journal rolls it back at the next start |
+| missing or emptied file, for reading or for going on | `LedgerLostError` |
+| altered, removed, reordered or unsigned row | `LedgerLostError` naming the row |
+| a process killed inside a write | SQLite's journal rolls it back at the next start |
+| full disk | `LedgerError`: nothing was written, nothing may be released |
+| a file garbled, or cut in the middle of a page | `LedgerLostError`, naming the row where one can be read |
 | rows cut off at the end | not visible in the file itself: compare `head` with the counterpart's copy |
 """
 
@@ -23,7 +27,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,13 +35,16 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 from stillroom_shared.accounting import Event, epsilon, event_from_json, event_to_json
-from stillroom_shared.errors import BudgetError, LedgerError
+from stillroom_shared.errors import BudgetError, LedgerError, LedgerLostError
+from stillroom_shared.files import exclusive, sync
 from stillroom_shared.signing import SigningKey, verify
 
 RowKind = Literal["genesis", "spend", "note"]
 _GENESIS_LINK = "0" * 64
+_COLUMNS = "seq, kind, body, link, hash, signature"
+_REMEDY = "restore its newest copy, then replay the counterpart's receipts (`stillroom budget --recover` on a device)"
 _SCHEMA = """
-CREATE TABLE IF NOT EXISTS ledger (
+CREATE TABLE ledger (
     seq INTEGER PRIMARY KEY CHECK (seq >= 0),
     kind TEXT NOT NULL,
     body TEXT NOT NULL,
@@ -50,10 +57,11 @@ CREATE TABLE IF NOT EXISTS ledger (
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """The most that may ever be spent: `epsilon` at `delta`, by PLD, against readers of releases."""
+    """The most that may ever be spent: `epsilon` at `delta`, by PLD, against `adversary`; the events decide what counts."""
 
     epsilon: float
     delta: float
+    adversary: str = "readers of releases"
 
     def __post_init__(self) -> None:
         if not self.epsilon > 0 or not 0 < self.delta < 1:
@@ -67,7 +75,7 @@ class Budget:
         if cost > self.epsilon:
             raise BudgetError(
                 f"{events[-1]} would bring the spend to epsilon {cost:.3f} (user level, delta {self.delta:.1e}, against "
-                f"readers of releases): the budget is {self.epsilon:.3f}; stop here or raise the budget openly"
+                f"{self.adversary}): the budget is {self.epsilon:.3f}; stop here or raise the budget openly"
             )
 
 
@@ -105,51 +113,98 @@ class Ledger:
         self.path = path
         self._key = key
         self._public_key = public_key
-        self._connection = sqlite3.connect(path, timeout=30.0, isolation_level=None)
-        self._connection.execute("PRAGMA synchronous=FULL")
+        # mode=rw: a file that vanished meanwhile must not come back empty.
+        self._connection = sqlite3.connect(
+            f"{path.absolute().as_uri()}?mode=rw", uri=True, timeout=30.0, isolation_level=None
+        )
+        self._connection.execute("PRAGMA synchronous=EXTRA")
         # A rollback journal, not a write-ahead log: the one file is the ledger, whoever copies it.
         self._connection.execute("PRAGMA journal_mode=DELETE")
 
     @classmethod
     def create(cls, path: Path, *, key: SigningKey, about: dict[str, Any]) -> Ledger:
-        """Open the ledger at `path` for writing, with a signed genesis row if it is new.
+        """Open the ledger at `path` for writing, with a signed genesis row if there is no such file yet.
 
         An existing ledger is verified first; one whose genesis says something else than `about` is refused.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch(mode=0o600)
+        if not path.exists():
+            with exclusive(path.parent):
+                if not path.exists():
+                    cls.begin(path, key=key, about=about)
+        return cls.resume(path, key=key, about=about)
+
+    @classmethod
+    def begin(
+        cls,
+        path: Path,
+        *,
+        key: SigningKey,
+        about: dict[str, Any],
+        note: dict[str, Any] | None = None,
+        spends: Sequence[tuple[Event, dict[str, Any]]] = (),
+    ) -> None:
+        """Write a new ledger, whole or not at all, in place of what is there. One caller at a time (`files.exclusive`).
+
+        Args:
+            note, spends: what follows the genesis; see `recover`.
+        """
+        partial = path.with_name(f"{path.name}.partial")
+        for stale in (partial, _journal(partial), _journal(path)):
+            stale.unlink(missing_ok=True)  # the journal of another file would be played back into this one
+        partial.touch(mode=0o600)
         try:
-            ledger = cls(path, key=key, public_key=key.public)
-            ledger._connection.executescript(_SCHEMA)
-            with ledger._writing():
-                if not ledger._head():
-                    ledger._append("genesis", {"about": about, "key": key.public})
-        except sqlite3.DatabaseError as error:
-            raise LedgerError(
-                f"{path} cannot be opened for writing ({error}): free the disk, or recover from the counterpart's receipts"
-            ) from error
-        ledger.verify()
-        if (found := ledger.rows()[0].fields["about"]) != about:
+            with cls(partial, key=key, public_key=key.public) as ledger, ledger._writing():
+                ledger._connection.execute(_SCHEMA)
+                ledger._append("genesis", {"about": about, "key": key.public})
+                ledger._replay(note, spends)
+        except sqlite3.Error as error:
+            raise LedgerError(f"{path} cannot be written ({error}): nothing may be released; free the disk") from error
+        partial.rename(path)
+        sync(path.parent)
+
+    @classmethod
+    def resume(cls, path: Path, *, key: SigningKey, about: dict[str, Any]) -> Ledger:
+        """Open an existing ledger for writing, verified.
+
+        Raises:
+            LedgerLostError: it is gone or empty, or does not verify.
+            LedgerError: its genesis says something else than `about`, or it cannot be opened now.
+        """
+        if not path.is_file() or not path.stat().st_size:
+            raise LedgerLostError(f"{path} is gone or was emptied: what was spent is unknown; {_REMEDY}")
+        ledger = cls._connect(path, key=key, public_key=key.public)
+        try:
+            ledger.verify()
+            if (found := ledger.rows()[0].fields.get("about")) != about:
+                raise LedgerError(
+                    f"{path} belongs to {found}, not to {about}: use the ledger of this federation, or another path"
+                )
+        except BaseException:
             ledger.close()
-            raise LedgerError(
-                f"{path} belongs to {found}, not to {about}: use the ledger of this federation, or another path"
-            )
+            raise
         return ledger
 
     @classmethod
     def open(cls, path: Path, *, public_key: str | None = None) -> Ledger:
         """Open an existing ledger for reading; the key is pinned by the caller, or taken from the genesis row."""
         if not path.is_file():
-            raise LedgerError(f"no ledger at {path}: check the path, or recover from the counterpart's receipts")
-        try:
-            ledger = cls(path, key=None, public_key=public_key or "")
-            if public_key is None:
+            raise LedgerLostError(f"no ledger at {path}: check the path, or {_REMEDY}")
+        ledger = cls._connect(path, key=None, public_key=public_key or "")
+        if public_key is None:
+            try:
                 ledger._public_key = str(ledger.rows()[0].fields["key"])
-        except (sqlite3.DatabaseError, IndexError, KeyError, ValueError) as error:
-            raise LedgerError(
-                f"{path} is not a readable ledger ({error}): recover from the counterpart's receipts"
-            ) from error
+            except (LedgerLostError, IndexError, KeyError, TypeError, ValueError) as error:
+                ledger.close()
+                raise LedgerLostError(f"{path} is not a readable ledger ({error}); {_REMEDY}") from error
         return ledger
+
+    @classmethod
+    def _connect(cls, path: Path, *, key: SigningKey | None, public_key: str) -> Ledger:
+        try:
+            return cls(path, key=key, public_key=public_key)
+        except sqlite3.Error as error:
+            raise _unreadable(path, error) from error
 
     @property
     def head(self) -> str:
@@ -178,6 +233,15 @@ class Ledger:
                 budget.check([*self.events(), event])
             return self._append("spend", {"event": event_to_json(event), "purpose": purpose})
 
+    def recover(self, spends: Sequence[tuple[Event, dict[str, Any]]], *, note: dict[str, Any]) -> int:
+        """Record what a counterpart witnessed and this ledger lacks, each an event and its purpose, all or nothing.
+
+        No budget is asked: what was released cannot be refused any more. A purpose that is here already stays as it is.
+        Returns how many spends were added.
+        """
+        with self._writing():
+            return self._replay(note, spends)
+
     def record(self, note: dict[str, Any]) -> Row:
         """Append something that costs nothing: a release's hash, a refusal."""
         with self._writing():
@@ -185,7 +249,11 @@ class Ledger:
 
     def rows(self) -> list[Row]:
         """Every row, in order."""
-        return [Row(*row) for row in self._connection.execute("SELECT * FROM ledger ORDER BY seq")]
+        try:
+            found = list(self._connection.execute(f"SELECT {_COLUMNS} FROM ledger ORDER BY seq"))
+        except (sqlite3.Error, UnicodeError) as error:
+            raise _unreadable(self.path, error) from error
+        return [Row(*row) for row in found]
 
     def events(self) -> list[Event]:
         """Every event ever charged, released or not."""
@@ -195,21 +263,27 @@ class Ledger:
         """What each spend was for, in order."""
         return [row.fields["purpose"] for row in self.rows() if row.kind == "spend"]
 
+    def genuine(self) -> list[Row]:
+        """The rows of a damaged ledger that can still be read, each with a hash and a signature that hold."""
+        found: list[Row] = []
+        try:
+            for columns in self._connection.execute(f"SELECT {_COLUMNS} FROM ledger"):
+                row = Row(*columns)
+                if _problem(row, row.seq, row.link, self._public_key) is None:
+                    found.append(row)
+        except (sqlite3.Error, UnicodeError) as error:
+            if not isinstance(problem := _unreadable(self.path, error), LedgerLostError):
+                raise problem from error
+        return found
+
     def verify(self) -> None:
         """Recompute the chain, the signatures and every event; `LedgerError` names the first row that does not hold."""
-        link = _GENESIS_LINK
-        try:
-            rows = self.rows()
-        except sqlite3.DatabaseError as error:
-            raise LedgerError(
-                f"{self.path} cannot be read ({error}): recover from the counterpart's receipts"
-            ) from error
+        link, rows = _GENESIS_LINK, self.rows()
         if not rows or rows[0].kind != "genesis":
-            raise LedgerError(f"{self.path} has no genesis row: it was emptied or is no ledger; recover from receipts")
+            raise LedgerLostError(f"{self.path} has no genesis row: it was emptied or is no ledger; {_REMEDY}")
         for seq, row in enumerate(rows):
-            problem = _problem(row, seq, link, self._public_key)
-            if problem:
-                raise LedgerError(f"{self.path}: row {seq} {problem}; recover from the counterpart's receipts")
+            if problem := _problem(row, seq, link, self._public_key):
+                raise LedgerLostError(f"{self.path}: row {seq} {problem}; {_REMEDY}")
             link = row.hash
 
     def close(self) -> None:
@@ -225,7 +299,7 @@ class Ledger:
         self.close()
 
     def _head(self) -> Row | None:
-        found = self._connection.execute("SELECT * FROM ledger ORDER BY seq DESC LIMIT 1").fetchone()
+        found = self._connection.execute(f"SELECT {_COLUMNS} FROM ledger ORDER BY seq DESC LIMIT 1").fetchone()
         return Row(*found) if found else None
 
     def _append(self, kind: RowKind, fields: dict[str, Any]) -> Row:
@@ -238,6 +312,15 @@ class Ledger:
         row = Row(seq, kind, body, link, digest, self._key.sign(bytes.fromhex(digest)))
         self._connection.execute("INSERT INTO ledger VALUES (?, ?, ?, ?, ?, ?)", tuple(vars(row).values()))
         return row
+
+    def _replay(self, note: dict[str, Any] | None, spends: Sequence[tuple[Event, dict[str, Any]]]) -> int:
+        if note is not None:
+            self._append("note", note)
+        known = self.purposes()
+        added = [(event, purpose) for event, purpose in spends if purpose not in known]
+        for event, purpose in added:
+            self._append("spend", {"event": event_to_json(event), "purpose": purpose, "recovered": True})
+        return len(added)
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -256,12 +339,26 @@ class Ledger:
             raise
 
 
+def _journal(path: Path) -> Path:
+    return path.with_name(f"{path.name}-journal")
+
+
+def _unreadable(path: Path, error: Exception) -> LedgerError:
+    """Whether the file is damaged, or only busy or out of reach for now."""
+    code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
+    if code in (sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+        return LedgerLostError(f"{path} is not a readable ledger ({error}); {_REMEDY}")
+    return LedgerError(f"{path} cannot be read now ({error}): free it, and run the same command again")
+
+
 def _hash(seq: int, kind: str, body: str, link: str) -> str:
     return hashlib.sha256(json.dumps([seq, kind, body, link], separators=(",", ":")).encode()).hexdigest()
 
 
 def _problem(row: Row, seq: int, link: str, public_key: str) -> str | None:
-    """What is wrong with a row at this place of the chain, if anything."""
+    """What is wrong with a row at this place of the chain, if anything. A row is a stranger's bytes until it is signed."""
+    if [type(value) for value in vars(row).values()] != [int, str, str, str, str, str]:
+        return "was altered: its columns do not have their types"
     if row.seq != seq:
         return f"is missing: the next one is numbered {row.seq}"
     if row.link != link:
@@ -270,9 +367,12 @@ def _problem(row: Row, seq: int, link: str, public_key: str) -> str | None:
         return "was altered: its hash does not hold"
     if not verify(public_key, row.signature, bytes.fromhex(row.hash)):
         return "is not signed by the ledger's key"
+    if row.kind not in ("spend", "note") and (row.kind, seq) != ("genesis", 0):
+        return f"is of kind {row.kind!r}, which cannot be accounted for"
     if row.kind == "spend":
         try:
             event_from_json(row.fields["event"])
-        except (BudgetError, KeyError) as error:
+            row.fields["purpose"]
+        except (BudgetError, KeyError, TypeError, ValueError, AttributeError) as error:
             return f"holds no event that can be accounted for ({error})"
     return None

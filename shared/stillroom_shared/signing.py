@@ -6,16 +6,21 @@ says who wrote the bytes, not what kind of bytes they are: whoever signs puts th
 
 from __future__ import annotations
 
+import json
 import os
+import secrets
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
 
 from stillroom_shared.errors import ReleaseError
+from stillroom_shared.files import sync
 
 
 @dataclass(frozen=True)
@@ -51,19 +56,34 @@ class SigningKey:
         Overwriting would lose the only key that existing releases, or a ledger, can be continued with.
         """
         text = self._secret.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+        partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
         try:
-            handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.link(
+                partial, path
+            )  # whole or absent, and never over another key: a torn one could not be used or replaced
         except FileExistsError:
             raise ReleaseError(f"{path} exists: load that key, or choose another file for the new one") from None
-        with os.fdopen(handle, "wb") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        finally:
+            partial.unlink(missing_ok=True)
+        sync(path.parent)
 
     @cached_property
     def public(self) -> str:
         """The public key, 64 hexadecimal digits."""
         return self._secret.public_key().public_bytes_raw().hex()
+
+    def derive(self, *uses: str) -> SigningKey:
+        """A key for one use, always the same one; nobody can tell that two of them come from one key (HKDF, RFC 5869)."""
+        info = json.dumps(uses).encode()
+        return SigningKey(
+            Ed25519PrivateKey.from_private_bytes(
+                HKDF(SHA256(), 32, salt=None, info=info).derive(self._secret.private_bytes_raw())
+            )
+        )
 
     def sign(self, data: bytes) -> str:
         """The signature of `data`, 128 hexadecimal digits."""
