@@ -40,6 +40,7 @@ def register(app: typer.Typer) -> None:
     feedback.command("list")(list_feedback)
     feedback.command()(erase)
     app.add_typer(feedback)
+    app.command()(budget)
 
 
 def search(
@@ -178,6 +179,59 @@ def erase(home: Home) -> None:
 
     with Device.open(home) as device:
         typer.echo(f"{device.erase_feedback():,} opened results erased")
+
+
+def budget(
+    home: Home,
+    limit: Annotated[
+        str | None,
+        typer.Option(metavar="EPSILON", help="Change what all rounds together may cost; `none` takes the limit away."),
+    ] = None,
+    delta: Annotated[
+        float | None,
+        typer.Option(help="Delta of the limit and of what is shown.  [default: what stands, at first 1e-5]"),
+    ] = None,
+    recover: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Replay the coordinator's receipt after a loss or a restored backup."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what this device has spent, on what, and what is left; change the limit; recover the ledger."""
+    from stillroom_client.budget import budget_report
+    from stillroom_client.participation import Consent, set_limit
+    from stillroom_client.participation import recover as replay
+    from stillroom_shared.errors import DataError
+
+    if limit is not None or delta is not None:
+        set_limit(home, limit if limit is not None else str(Consent.load(home).limit_epsilon or "none"), delta)
+    if recover is not None:
+        try:
+            content = recover.read_bytes()
+        except OSError as error:
+            raise DataError(f"{recover} cannot be read ({error}): ask the operator for your receipt") from error
+        done = replay(home, content)
+        typer.echo(
+            f"{done.witnessed} attempts of federation {done.federation!r} are on the receipt: {done.added} were missing and "
+            "are charged now",
+            err=True,
+        )
+        if done.salvaged is not None:
+            typer.echo(
+                f"the ledger was lost and begins again, with {done.salvaged} spends of the old one; replay the receipt of "
+                "every federation that this device ever joined",
+                err=True,
+            )
+    report = budget_report(home)
+    if as_json:
+        _print_json(report.to_json())
+        return
+    from rich.console import Console
+
+    from stillroom_client.show import budget_tables
+
+    for table in budget_tables(report):
+        Console().print(table)
 
 
 def _add_in_batches(device: Device, passages: list[Any]) -> Change:

@@ -86,6 +86,28 @@ class Consent(BaseModel):
             raise SettingsError(f"{path}: {where}: {first['msg']} (got {str(first['input'])[:80]})") from error
 
 
+def set_limit(home: Path, epsilon: str, delta: float | None) -> Consent:
+    """Write another limit into the consent of a device: a number, or "none". Over it, the device declines from now on.
+
+    Raises:
+        SettingsError: it is no positive number, or the delta no probability.
+    """
+    Identity.load(home)  # a consent in a folder that is no device binds nobody
+    before = Consent.load(home)
+    try:
+        limits = {
+            "limit_epsilon": None if epsilon == "none" else float(epsilon),
+            "limit_delta": delta or before.limit_delta,
+        }
+        changed = Consent.model_validate(before.model_dump() | limits)
+    except ValueError as error:
+        raise SettingsError(
+            f"limit {epsilon} at delta {delta}: give a positive epsilon or `none`, and a delta in (0, 1)"
+        ) from error
+    changed.save(home)
+    return changed
+
+
 def take_part(home: Path, order: RoundOrder) -> None:
     """Record this participation durably, or decline before anything is spent.
 

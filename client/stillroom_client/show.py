@@ -6,14 +6,20 @@ theirs reaches the terminal.
 
 from __future__ import annotations
 
+import math
 import re
 import unicodedata
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 from rich.text import Text
 
 from stillroom_client.device import Hit
+from stillroom_shared.statement import COORDINATOR, READERS, printed_epsilon
+
+if TYPE_CHECKING:
+    from stillroom_client.budget import BudgetReport, Guarantee
 
 _WORD = re.compile(r"\w+")
 _STEM = 5  # letters that words share when one is a form of the other: "listing", "listed"
@@ -37,6 +43,47 @@ def hits_table(hits: Sequence[Hit], query: str) -> Table:
             found = Text.assemble((title, "bold"), "\n", found)
         table.add_row(str(hit.rank), f"{hit.score:.3f}", Text(plain(hit.owner)), Text(plain(hit.passage_id)), found)
     return table
+
+
+def budget_tables(report: BudgetReport) -> list[Table | str]:
+    """What was spent on what, and each sum with the adversary it holds against."""
+    spent = Table(
+        title=Text(f"What {plain(report.device)} took part in"), title_justify="left", box=None, header_style="dim"
+    )
+    for name in ("federation", "rounds", "attempts charged", "declined"):
+        spent.add_column(name, justify="left" if name == "federation" else "right", overflow="fold")
+    for row in report.spent:
+        spent.add_row(Text(plain(row.federation)), f"{row.rounds:,}", f"{row.attempts:,}", f"{row.declined:,}")
+    sums = Table(title="What that costs", title_justify="left", box=None, header_style="dim")
+    for name in ("against", "what counts", "spent (unit: user)", "limit", "left"):
+        sums.add_column(name, overflow="fold")
+    consent, limit = report.consent, report.consent.limit_epsilon
+    attempts = sum(row.attempts for row in report.spent)
+    sums.add_row(
+        report.own.adversary,
+        f"{attempts:,} of at most {consent.participations:,} attempts of its own, un-amplified",
+        _guarantee(report.own),
+        "none" if limit is None else f"epsilon {limit:g} (user level, delta {report.own.delta:.1e})",
+        f"{report.left_participations:,} attempts"
+        + ("" if report.left_epsilon is None else f"; epsilon {math.floor(report.left_epsilon * 100) / 100:.2f}"),
+    )
+    released = report.released if isinstance(report.released, str) else _guarantee(report.released)
+    counted = "all rounds" if report.released_rounds is None else f"all {report.released_rounds:,} rounds"
+    sums.add_row(READERS, f"{counted} of the federation, sampled", Text(released), "the operator's", "")
+    sums.add_row(COORDINATOR, "single updates", "no guarantee (none)", "", "")
+    return [spent if report.spent else "This device took part in no round yet.", "", sums, *_notes(report)]
+
+
+def _notes(report: BudgetReport) -> list[str]:
+    limit = report.consent.limit_epsilon
+    if limit is not None and report.left_participations == 0:
+        return ["", "Nothing is left: this device answers every round with zeros. `--limit` changes that."]
+    return []
+
+
+def _guarantee(found: Guarantee) -> str:
+    value = f"epsilon {printed_epsilon(found.epsilon)}" if math.isfinite(found.epsilon) else "no guarantee"
+    return f"{value} (user level, delta {found.delta:.1e}, against {found.adversary})"
 
 
 def snippet(text: str, query: str, *, length: int = _SNIPPET_LETTERS) -> str:

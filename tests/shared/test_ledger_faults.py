@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import sqlite3
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -81,7 +83,7 @@ def test_killed_at_random_times(folder: Path) -> None:
 
 def test_concurrent_processes_never_pass_the_budget_nor_fork_the_chain(folder: Path) -> None:
     """Each process checks against what it saw: outside the transaction, four of them would pass the last place together."""
-    path, key = folder / "ledger", SigningKey.generate()
+    path, key = folder / "ledger", filled(folder / "ledger", rows=4)
     key.save(folder / "key")
     script = f"""
 import os
@@ -97,17 +99,27 @@ budget = Budget(epsilon=costs[5] + 1e-9, delta=1e-6)
 for _ in range(4):
     if not os.fork():
         with Ledger.create(Path({str(path)!r}), key=key, about={ABOUT!r}) as ledger:
+            os.write(1, b"r")
             try:
                 while True:
                     ledger.spend(step, budget=budget, purpose={{}})
-                    os.write(1, b"spent ")
+                    os.write(1, b"s")
             except BudgetError:
                 os._exit(0)
 for _ in range(4):
     assert os.wait()[1] == 0
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["spent"] * 6
+    # Two places are left. While somebody else is writing, all four see that, and wait to write.
+    other = sqlite3.connect(path, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.read(4) == b"rrrr"
+        time.sleep(0.3)
+        other.execute("ROLLBACK")
+        assert process.stdout.read() == b"ss"
+    other.close()
+    assert process.returncode == 0
     with Ledger.open(path, public_key=key.public) as ledger:
         ledger.verify()
         assert ledger.events() == [STEP] * 6
@@ -207,8 +219,6 @@ def test_a_commit_survives_a_power_cut_right_after_it(folder: Path) -> None:
 
 def test_rows_that_are_no_rows_are_refused(folder: Path) -> None:
     """Whoever can write the file can write any type into it: a crash is not a refusal."""
-    import sqlite3
-
     key = filled(folder / "ledger", rows=2)
     for columns in ("X'00', X'01', 7, NULL, 1.5", "'spend', '{', '', 'zz', ''", "'spend', X'ff', 'a', 'b', 'c'"):
         odd = folder / "odd"
@@ -233,8 +243,6 @@ def test_a_signed_row_of_an_unknown_kind_is_refused(folder: Path) -> None:
 
 def test_a_busy_ledger_is_not_a_lost_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A recovery that takes a lock for damage would begin the ledger again beside the one that is in use."""
-    import sqlite3
-
     key = filled(folder / "ledger", rows=1)
     other = sqlite3.connect(folder / "ledger", isolation_level=None)
     other.execute("BEGIN EXCLUSIVE")

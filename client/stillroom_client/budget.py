@@ -1,0 +1,176 @@
+"""`stillroom budget`: what a device has spent, on what, against whom, and what is left.
+
+Two sums, and neither is ever shown without the other (DESIGN section 4, rule 6):
+
+| sum | counts | holds against |
+|---|---|---|
+| own participations | rounds this device joined, un-amplified, from its own ledger | peers and network observers |
+| all rounds | every round, amplified by sampling, from the signed statement of the adapter in use | readers of releases |
+
+The first is what the limit is checked against. Against the coordinator, which sees single updates under `central`, neither
+promises anything, and that is said each time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+from stillroom_client.home import RELEASE_NAME, Identity, adapter_in_use
+from stillroom_client.participation import KEY_FILE, LEDGER_FILE, Consent, open_ledger
+from stillroom_shared.accounting import Event, SampledGaussian, epsilon, event_from_json
+from stillroom_shared.errors import ReleaseError
+from stillroom_shared.ledger import Row
+from stillroom_shared.release import open_release
+from stillroom_shared.statement import COORDINATOR, OBSERVERS, READERS, PrivacyStatement
+
+UNKNOWN = "unknown before the first adapter"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guarantee:
+    """An epsilon with everything it needs to mean something. `epsilon` is infinity for "no guarantee"."""
+
+    epsilon: float
+    delta: float
+    adversary: str
+    unit: Literal["user"] = "user"
+
+    def to_json(self) -> dict[str, Any]:
+        """A flat object; None stands for "no guarantee", which JSON has no number for."""
+        return vars(self) | {"epsilon": self.epsilon if math.isfinite(self.epsilon) else None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spent:
+    """What one federation had of this device: `rounds` joined, in `attempts` (each charged), and `declined` ones."""
+
+    federation: str
+    rounds: int
+    attempts: int
+    declined: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetReport:
+    """Everything `stillroom budget` shows.
+
+    Attributes:
+        own: all participations together, un-amplified.
+        released: all rounds of the federation, from the adapter in use; or why that is unknown.
+        released_rounds: how many rounds `released` counts.
+        left_epsilon: what the limit still allows; None without a limit.
+        left_participations: how many more attempts like the last one cap and limit allow.
+    """
+
+    device: str
+    spent: tuple[Spent, ...]
+    own: Guarantee
+    released: Guarantee | str
+    released_rounds: int | None
+    consent: Consent
+    left_epsilon: float | None
+    left_participations: int
+
+    def to_json(self) -> dict[str, Any]:
+        """What `--json` prints; every epsilon stands beside its unit, delta and adversary."""
+        coordinator = {"epsilon": None, "unit": "user", "adversary": COORDINATOR, "guarantee": "none"}
+        known = self.released.to_json() if isinstance(self.released, Guarantee) else {"unknown": self.released}
+        return {
+            "device": self.device,
+            "spent": [vars(spent) for spent in self.spent],
+            "own_participations": self.own.to_json()
+            | {
+                "limit": self.consent.limit_epsilon,
+                "left": self.left_epsilon,
+                "attempts": sum(spent.attempts for spent in self.spent),
+                "cap": self.consent.participations,
+                "left_attempts": self.left_participations,
+            },
+            "all_rounds": known | {"adversary": READERS, "rounds": self.released_rounds},
+            "coordinator": coordinator,
+        }
+
+
+def budget_report(home: Path) -> BudgetReport:
+    """Read and verify the device's ledger, and add up.
+
+    Raises:
+        DataError: this is no home of a device.
+        LedgerError: the ledger is gone or does not verify, so what was spent is unknown.
+    """
+    identity, consent = Identity.load(home), Consent.load(home)
+    rows: list[Row] = []
+    if (home / LEDGER_FILE).exists() or (home / KEY_FILE).exists():  # looking must not make a ledger
+        with open_ledger(home) as ledger:
+            rows = ledger.rows()
+    events = [event_from_json(row.fields["event"]) for row in rows if row.kind == "spend"]
+    own = epsilon(events, consent.limit_delta)
+    released, rounds = _released(home, identity)
+    return BudgetReport(
+        device=identity.name,
+        spent=_by_federation(rows),
+        own=Guarantee(epsilon=own, delta=consent.limit_delta, adversary=OBSERVERS),
+        released=released,
+        released_rounds=rounds,
+        consent=consent,
+        left_epsilon=None if consent.limit_epsilon is None else max(0.0, consent.limit_epsilon - own),
+        left_participations=_participations_left(events, consent),
+    )
+
+
+def _by_federation(rows: Sequence[Row]) -> tuple[Spent, ...]:
+    joined = [row.fields["purpose"] for row in rows if row.kind == "spend"]
+    declined = Counter(row.fields["declined"]["federation"] for row in rows if "declined" in row.fields)
+    names = sorted({purpose["federation"] for purpose in joined} | set(declined))
+    return tuple(
+        Spent(
+            federation=name,
+            rounds=len({purpose["round"] for purpose in joined if purpose["federation"] == name}),
+            attempts=sum(purpose["federation"] == name for purpose in joined),
+            declined=declined[name],
+        )
+        for name in names
+    )
+
+
+def _participations_left(events: Sequence[Event], consent: Consent) -> int:
+    """How many more attempts like the last one fit under cap and limit; the limit is asked by bisection."""
+    most = max(0, consent.participations - len(events))
+    if consent.limit_epsilon is None or not events or not isinstance(events[-1], SampledGaussian):
+        return most
+    fits = 0
+    while fits < most:
+        middle = (fits + most + 1) // 2
+        if epsilon([*events, *[events[-1]] * middle], consent.limit_delta) <= consent.limit_epsilon:
+            fits = middle
+        else:
+            most = middle - 1
+    return fits
+
+
+def _released(home: Path, identity: Identity) -> tuple[Guarantee | str, int | None]:
+    """The statement of the adapter in use, as a guarantee against readers of releases; or why there is none."""
+    try:
+        adapter = adapter_in_use(
+            home, open_release(home / RELEASE_NAME, trusted_key=identity.trusted_key), identity.trusted_key
+        )
+        if adapter is None:
+            return UNKNOWN, None
+        if adapter.statement is None:
+            return "unknown: the adapter in use came without a statement", None
+        found = PrivacyStatement.model_validate(dict(adapter.statement))
+    except ReleaseError as error:
+        return f"unknown: {error}", None
+    except ValidationError:
+        return "unknown: the adapter in use has a statement of another version; update Stillroom", None
+    against = found.against.get(READERS)
+    if against is None or found.unit == "none" or found.rehearsal:
+        return Guarantee(epsilon=math.inf, delta=found.delta, adversary=READERS), found.rounds
+    return Guarantee(epsilon=against, delta=found.delta, adversary=READERS), found.rounds
