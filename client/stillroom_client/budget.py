@@ -65,6 +65,7 @@ class BudgetReport:
         own: all participations together, un-amplified.
         released: all rounds of the federation, from the adapter in use; or why that is unknown.
         released_rounds: how many rounds `released` counts.
+        rehearsal: the noise of those came from a known seed, and promises nothing to whoever knows it.
         left_epsilon: what the limit still allows; None without a limit.
         left_participations: how many more attempts like the last one cap and limit allow.
     """
@@ -74,6 +75,7 @@ class BudgetReport:
     own: Guarantee
     released: Guarantee | str
     released_rounds: int | None
+    rehearsal: bool
     consent: Consent
     left_epsilon: float | None
     left_participations: int
@@ -93,7 +95,7 @@ class BudgetReport:
                 "cap": self.consent.participations,
                 "left_attempts": self.left_participations,
             },
-            "all_rounds": known | {"adversary": READERS, "rounds": self.released_rounds},
+            "all_rounds": known | {"adversary": READERS, "rounds": self.released_rounds, "rehearsal": self.rehearsal},
             "coordinator": coordinator,
         }
 
@@ -112,13 +114,14 @@ def budget_report(home: Path) -> BudgetReport:
             rows = ledger.rows()
     events = [event_from_json(row.fields["event"]) for row in rows if row.kind == "spend"]
     own = epsilon(events, consent.limit_delta)
-    released, rounds = _released(home, identity)
+    stated = _stated(home, identity)
     return BudgetReport(
         device=identity.name,
         spent=_by_federation(rows),
         own=Guarantee(epsilon=own, delta=consent.limit_delta, adversary=OBSERVERS),
-        released=released,
-        released_rounds=rounds,
+        released=stated if isinstance(stated, str) else _against_readers(stated),
+        released_rounds=None if isinstance(stated, str) else stated.rounds,
+        rehearsal=not isinstance(stated, str) and stated.rehearsal,
         consent=consent,
         left_epsilon=None if consent.limit_epsilon is None else max(0.0, consent.limit_epsilon - own),
         left_participations=_participations_left(events, consent),
@@ -155,22 +158,21 @@ def _participations_left(events: Sequence[Event], consent: Consent) -> int:
     return fits
 
 
-def _released(home: Path, identity: Identity) -> tuple[Guarantee | str, int | None]:
-    """The statement of the adapter in use, as a guarantee against readers of releases; or why there is none."""
+def _stated(home: Path, identity: Identity) -> PrivacyStatement | str:
+    """The statement of the adapter in use, or why there is none."""
     try:
-        adapter = adapter_in_use(
-            home, open_release(home / RELEASE_NAME, trusted_key=identity.trusted_key), identity.trusted_key
-        )
-        if adapter is None:
-            return UNKNOWN, None
-        if adapter.statement is None:
-            return "unknown: the adapter in use came without a statement", None
-        found = PrivacyStatement.model_validate(dict(adapter.statement))
+        release = open_release(home / RELEASE_NAME, trusted_key=identity.trusted_key)
+        adapter = adapter_in_use(home, release, identity.trusted_key)
     except ReleaseError as error:
-        return f"unknown: {error}", None
+        return f"unknown: {error}"
+    if adapter is None:
+        return UNKNOWN
+    try:
+        return PrivacyStatement.model_validate(adapter.statement)
     except ValidationError:
-        return "unknown: the adapter in use has a statement of another version; update Stillroom", None
-    against = found.against.get(READERS)
-    if against is None or found.unit == "none" or found.rehearsal:
-        return Guarantee(epsilon=math.inf, delta=found.delta, adversary=READERS), found.rounds
-    return Guarantee(epsilon=against, delta=found.delta, adversary=READERS), found.rounds
+        return "unknown: the adapter in use has no statement that this version reads; ask its publisher, or update Stillroom"
+
+
+def _against_readers(found: PrivacyStatement) -> Guarantee:
+    value = found.against.get(READERS) if found.unit == "user" else None
+    return Guarantee(epsilon=math.inf if value is None else value, delta=found.delta, adversary=READERS)

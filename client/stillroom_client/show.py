@@ -75,8 +75,12 @@ def budget_tables(report: BudgetReport) -> list[Table | str]:
 
 
 def _notes(report: BudgetReport) -> list[str]:
-    limit = report.consent.limit_epsilon
-    if limit is not None and report.left_participations == 0:
+    if report.rehearsal:
+        return [
+            "",
+            "Rehearsal: the noise of the rounds came from a known seed, and promises nothing to whoever knows it.",
+        ]
+    if report.left_participations == 0:
         return ["", "Nothing is left: this device answers every round with zeros. `--limit` changes that."]
     return []
 

@@ -193,8 +193,9 @@ class Ledger:
         ledger = cls._connect(path, key=None, public_key=public_key or "")
         if public_key is None:
             try:
-                ledger._public_key = str(ledger.rows()[0].fields["key"])
-            except (LedgerLostError, IndexError, KeyError, TypeError, ValueError) as error:
+                for row in ledger.rows()[:1]:  # an empty one is for `verify` to refuse
+                    ledger._public_key = str(row.fields["key"])
+            except (LedgerLostError, KeyError, TypeError, ValueError) as error:
                 ledger.close()
                 raise LedgerLostError(f"{path} is not a readable ledger ({error}); {_REMEDY}") from error
         return ledger

@@ -1,31 +1,65 @@
-"""`stillroom audit ledger`: verify a ledger from nothing but its file, and say what it has spent, against whom."""
+"""`stillroom audit ledger`: verify a ledger from nothing but its file, and say what it has spent, against whom.
+
+| break | found by |
+|---|---|
+| a row altered, removed, reordered, or signed by another key | hashes, links and signatures; the row is named |
+| rows cut off at the end | `head`, the hash of a row that a counterpart has seen |
+| an adapter whose statement claims another epsilon | the same statement, computed again from the events it covers |
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from stillroom_server.coordinate import LEDGER_FILE
+from pydantic import ValidationError
+
+from stillroom_server.coordinate import ADAPTERS_FOLDER, KEY_FILE, LEDGER_FILE
 from stillroom_server.plan import PLAN_FILE, Plan
-from stillroom_shared.errors import LedgerError
-from stillroom_shared.ledger import Ledger
+from stillroom_server.receipts import ReceiptBook
+from stillroom_shared.accounting import Event
+from stillroom_shared.errors import LedgerError, SettingsError
+from stillroom_shared.ledger import Ledger, Row
+from stillroom_shared.receipts import Receipt
+from stillroom_shared.release import AdapterManifest
+from stillroom_shared.sealed import open_sealed
+from stillroom_shared.signing import SigningKey
 from stillroom_shared.statement import PrivacyStatement, statement
 
 
-def audit_ledger(path: Path, *, public_key: str | None = None) -> tuple[PrivacyStatement, int]:
-    """Verify every row and recompute the statement from the events; returns it with the number of rows.
+@dataclass(frozen=True, kw_only=True)
+class LedgerAudit:
+    """A ledger that holds: its statement, how many rows, the hash of the last one, and how many adapters were checked."""
+
+    statement: PrivacyStatement
+    rows: int
+    head: str
+    adapters: int
+
+
+def audit_ledger(path: Path, *, public_key: str | None = None, head: str | None = None) -> LedgerAudit:
+    """Verify every row, and recompute from the events the statement and those of all adapters published beside it.
 
     Args:
         path: the ledger of a coordinator, or the coordinator's home, with its plan beside it.
         public_key: the key that must have signed; without it the ledger is only shown to be consistent with itself.
+        head: hash of a row that somebody has seen; without it nobody can tell whether rows were cut off at the end.
 
     Raises:
-        LedgerError: naming the first row that does not hold, or that the plan is not the one the ledger began with.
+        LedgerError: naming the first row that does not hold, the adapter whose statement does not, or that the plan is not
+            the one the ledger began with.
     """
     ledger_path = path / LEDGER_FILE if path.is_dir() else path
     plan_home = ledger_path.parent
     with Ledger.open(ledger_path, public_key=public_key) as ledger:
         ledger.verify()
         rows, events = ledger.rows(), ledger.events()
+    if head is not None and head.lower() not in {row.hash for row in rows}:
+        raise LedgerError(
+            f"{ledger_path} ends with row {rows[-1].seq} and lacks the row of hash {head}: rows after it were cut off, or it "
+            "is an old copy; restore the newest one"
+        )
     about = rows[0].fields["about"]
     if not (plan_home / PLAN_FILE).is_file():
         raise LedgerError(
@@ -36,7 +70,28 @@ def audit_ledger(path: Path, *, public_key: str | None = None) -> tuple[PrivacyS
         raise LedgerError(
             f"{ledger_path} began with another plan than {plan_home / PLAN_FILE}: restore the original plan"
         )
-    made = statement(
+    made = _statement(events, plan)
+    return LedgerAudit(
+        statement=made, rows=len(rows), head=rows[-1].hash, adapters=_check_adapters(plan_home, plan, events, rows)
+    )
+
+
+def export_receipt(home: Path, device: str) -> Receipt:
+    """The coordinator's signed receipt about one device, for `stillroom budget --recover`.
+
+    Raises:
+        SettingsError: the plan enrols no such device.
+    """
+    plan = Plan.load(home)
+    if device not in plan.enrolled:
+        raise SettingsError(
+            f"device {device!r} is not enrolled in {plan.federation!r}: take a name from {home / PLAN_FILE}"
+        )
+    return ReceiptBook(home, federation=plan.federation).export(device, SigningKey.load(home / KEY_FILE))
+
+
+def _statement(events: Sequence[Event], plan: Plan) -> PrivacyStatement:
+    return statement(
         events,
         delta=plan.delta,
         devices=len(plan.enrolled),
@@ -45,4 +100,40 @@ def audit_ledger(path: Path, *, public_key: str | None = None) -> tuple[PrivacyS
         rehearsal=plan.rehearsal,
         mechanism=plan.mechanism,
     )
-    return made, len(rows)
+
+
+def _check_adapters(home: Path, plan: Plan, events: Sequence[Event], rows: Sequence[Row]) -> int:
+    """Every adapter states what the first of the ledger's events cost; how many adapters there are."""
+    folders = sorted((home / ADAPTERS_FOLDER).glob("round-*"))
+    key = str(rows[0].fields["key"])
+    for folder in folders:
+        manifest = open_sealed(folder, AdapterManifest, trusted_key=key)
+        try:
+            stated = PrivacyStatement.model_validate(manifest.statement)
+        except ValidationError as error:
+            raise LedgerError(
+                f"{folder} has no statement that can be checked ({error.error_count()} errors)"
+            ) from error
+        if stated.rounds > len(events):
+            raise LedgerError(
+                f"{folder} was published after {stated.rounds} charges, the ledger holds {len(events)} and ends with row "
+                f"{rows[-1].seq}: rows after it were cut off; restore the newest copy"
+            )
+        recomputed = _statement(events[: stated.rounds], plan)
+        if (stated.unit, stated.delta) != (recomputed.unit, recomputed.delta) or _understated(stated, recomputed):
+            raise LedgerError(
+                f"{folder} states {stated.against}, its {stated.rounds} charges cost {recomputed.against} at delta "
+                f"{recomputed.delta}, {recomputed.unit} level: do not trust that adapter"
+            )
+    return len(folders)
+
+
+def _understated(stated: PrivacyStatement, recomputed: PrivacyStatement) -> bool:
+    """Whether an adapter claims less than its events cost, against anybody or by any accountant; None is infinity."""
+
+    def less(claim: float | None, cost: float | None) -> bool:
+        return claim is not None and (cost is None or claim < cost * (1 - 1e-6))
+
+    costs = [*recomputed.against.items(), *recomputed.epsilon.items()]
+    claims = {**stated.against, **stated.epsilon}
+    return any(less(claims.get(name, 0.0), cost) for name, cost in costs)

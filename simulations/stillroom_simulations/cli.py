@@ -22,6 +22,7 @@ def register(app: typer.Typer) -> None:
     group = typer.Typer(name="audit", help="Check what was spent and what leaked.", no_args_is_help=True)
     group.command()(ledger)
     group.command()(canaries)
+    group.command()(receipt)
     app.add_typer(group)
     measured = typer.Typer(name="bench", help="Measure the figures of record.", no_args_is_help=True)
     measured.command("demo")(bench_demo)
@@ -63,13 +64,33 @@ def report(folder: Annotated[Path, typer.Argument(metavar="DIR", help="What `sti
 def ledger(
     path: Annotated[Path, typer.Argument(help="A coordinator's home, or its ledger with the plan beside it.")],
     key: Annotated[str | None, typer.Option(help="Public key that must have signed every row, in hexadecimal.")] = None,
+    head: Annotated[
+        str | None,
+        typer.Option(metavar="HASH", help="Hash of the last row that a counterpart has seen of this ledger."),
+    ] = None,
 ) -> None:
     """Verify every row of a ledger and print its privacy statement; exit status 1 on any break, naming the row."""
     from stillroom_simulations.audit import audit_ledger
 
-    made, rows = audit_ledger(path, public_key=key)
+    found = audit_ledger(path, public_key=key, head=head)
     trust = "signed by the key you named" if key else "consistent with itself; name --key to prove whose they are"
-    typer.echo(f"{rows} rows verified, {trust}\n\n{made.paragraph()}")
+    whole = "the head you named is among them" if head else "name --head to prove that none is cut off at the end"
+    typer.echo(f"{found.rows} rows verified, {trust}; {whole}\nhead {found.head}")
+    typer.echo(f"{found.adapters} published adapters state what its events cost\n\n{found.statement.paragraph()}")
+
+
+def receipt(
+    home: Annotated[Path, typer.Argument(help="A coordinator's home.")],
+    device: Annotated[str, typer.Option(help="Name under which the device is enrolled.")],
+    out: Annotated[Path, typer.Option(help="The file to write; hand it to the device's owner only.")],
+) -> None:
+    """Write what the coordinator saw a device answer, signed: the device replays it with `stillroom budget --recover`."""
+    from stillroom_shared.files import replace_file
+    from stillroom_simulations.audit import export_receipt
+
+    made = export_receipt(home, device)
+    replace_file(out, made.model_dump_json(indent=1).encode())
+    typer.echo(f"{out}: {len(made.charges)} attempts of device {device!r}, for `stillroom budget --recover` there")
 
 
 def canaries(
