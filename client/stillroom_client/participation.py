@@ -173,8 +173,17 @@ def answered(rows: Sequence[Row], federation: str) -> dict[Attempt, Any]:
 
 
 def device_receipt(home: Path, federation: str) -> Receipt:
-    """What this device tells the coordinator of a federation about its own ledger, and nothing about any other."""
+    """What this device tells the coordinator of a federation about its own ledger, and nothing about any other.
+
+    Raises:
+        ProtocolError: the owner named another federation, or none: whoever the node is connected to could then ask for the
+            rounds of a federation that is not his.
+    """
     identity = Identity.load(home)
+    if (named := Consent.load(home).federation) != federation:
+        raise ProtocolError(
+            f"no receipt for federation {federation!r}: the owner named {named!r} in {home / CONSENT_FILE}, name it there"
+        )
     with open_ledger(home) as ledger:
         charges: Charges = answered(ledger.rows(), federation)
     key = SigningKey.load(home / KEY_FILE).derive("receipts", federation, identity.trusted_key)

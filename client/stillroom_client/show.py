@@ -19,7 +19,7 @@ from stillroom_client.device import Hit
 from stillroom_shared.statement import COORDINATOR, READERS, printed_epsilon
 
 if TYPE_CHECKING:
-    from stillroom_client.budget import BudgetReport, Guarantee
+    from stillroom_client.budget import BudgetReport
 
 _WORD = re.compile(r"\w+")
 _STEM = 5  # letters that words share when one is a form of the other: "listing", "listed"
@@ -54,40 +54,47 @@ def budget_tables(report: BudgetReport) -> list[Table | str]:
         spent.add_column(name, justify="left" if name == "federation" else "right", overflow="fold")
     for row in report.spent:
         spent.add_row(Text(plain(row.federation)), f"{row.rounds:,}", f"{row.attempts:,}", f"{row.declined:,}")
-    sums = Table(title="What that costs", title_justify="left", box=None, header_style="dim")
-    for name in ("against", "what counts", "spent (unit: user)", "limit", "left"):
+    sums = Table(title="What that costs", title_justify="left", box=None, header_style="dim", padding=(0, 2, 1, 0))
+    for name in ("against", "what counts", "spent", "limit", "left"):
         sums.add_column(name, overflow="fold")
     consent, limit = report.consent, report.consent.limit_epsilon
-    attempts = sum(row.attempts for row in report.spent)
     sums.add_row(
         report.own.adversary,
-        f"{attempts:,} of at most {consent.participations:,} attempts of its own, un-amplified",
-        _guarantee(report.own),
-        "none" if limit is None else f"epsilon {limit:g} (user level, delta {report.own.delta:.1e})",
+        f"its own {sum(row.attempts for row in report.spent):,} attempts, un-amplified",
+        _guarantee(report.own.epsilon, report.own.delta),
+        f"{consent.participations:,} attempts"
+        + ("" if limit is None else f", epsilon {limit:g} (user level, delta {consent.limit_delta:.1e})"),
         f"{report.left_participations:,} attempts"
-        + ("" if report.left_epsilon is None else f"; epsilon {math.floor(report.left_epsilon * 100) / 100:.2f}"),
+        + (
+            ""
+            if report.left_epsilon is None
+            else f", {math.floor(report.left_epsilon * 100) / 100:.2f} of that epsilon"
+        ),
     )
-    released = report.released if isinstance(report.released, str) else _guarantee(report.released)
-    counted = "all rounds" if report.released_rounds is None else f"all {report.released_rounds:,} rounds"
-    sums.add_row(READERS, f"{counted} of the federation, sampled", Text(released), "the operator's", "")
-    sums.add_row(COORDINATOR, "single updates", "no guarantee (none)", "", "")
+    released = report.released
+    sums.add_row(
+        READERS,
+        "all rounds, sampled" if report.released_rounds is None else f"all {report.released_rounds:,} rounds, sampled",
+        Text(released if isinstance(released, str) else _guarantee(released.epsilon, released.delta)),
+        "the operator's",
+    )
+    sums.add_row(COORDINATOR, "single updates", "no guarantee (none)")
     return [spent if report.spent else "This device took part in no round yet.", "", sums, *_notes(report)]
 
 
 def _notes(report: BudgetReport) -> list[str]:
+    notes = []
     if report.rehearsal:
-        return [
-            "",
-            "Rehearsal: the noise of the rounds came from a known seed, and promises nothing to whoever knows it.",
-        ]
+        notes.append("Rehearsal: the noise of the rounds came from a known seed, and binds nobody who knows it.")
     if report.left_participations == 0:
-        return ["", "Nothing is left: this device answers every round with zeros. `--limit` changes that."]
-    return []
+        notes.append("Nothing is left: this device answers every round with zeros. The owner may raise the limit.")
+    return notes
 
 
-def _guarantee(found: Guarantee) -> str:
-    value = f"epsilon {printed_epsilon(found.epsilon)}" if math.isfinite(found.epsilon) else "no guarantee"
-    return f"{value} (user level, delta {found.delta:.1e}, against {found.adversary})"
+def _guarantee(epsilon: float, delta: float) -> str:
+    """For a row that names the adversary."""
+    value = f"epsilon {printed_epsilon(epsilon)}" if math.isfinite(epsilon) else "no guarantee"
+    return f"{value} (user level, delta {delta:.1e})"
 
 
 def snippet(text: str, query: str, *, length: int = _SNIPPET_LETTERS) -> str:

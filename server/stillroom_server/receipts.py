@@ -1,25 +1,27 @@
 """What a coordinator keeps of each device's ledger, so that one that went back in time is refused, told why, and recovers.
 
 Guarantees:
-    - What was kept is never taken back: an attempt of a device, once shown in its receipt or answered, stays.
+    - What was kept is never taken back: an attempt that a device once showed in its receipt stays.
     - A device whose receipt lacks one of them is refused, with the attempts it lost; `export` is what it replays.
     - The first key that signs for a device is the only one from then on: nobody else can speak for its ledger.
 
+Only what devices signed is kept. An answer alone proves no spend: a device that declines, or fails before its ledger is
+asked, answers with zeros too.
+
 Kept in `receipts.sqlite3` in the coordinator's home. It holds enrolment names, rounds and events, all of which the
-coordinator knows from its own orders and their answers; see `stillroom_shared.receipts` for why a device may tell them.
+coordinator knows from its own orders; see `stillroom_shared.receipts` for why a device may tell them.
 """
 
 from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Iterable
 from contextlib import closing
 from pathlib import Path
 
 from stillroom_shared.accounting import Event, event_from_json, event_to_json
 from stillroom_shared.errors import LedgerError, ProtocolError
-from stillroom_shared.receipts import Attempt, Charges, Receipt, issue, lost, read_receipt
+from stillroom_shared.receipts import Attempt, Receipt, issue, lost, read_receipt
 from stillroom_shared.signing import SigningKey
 
 RECEIPTS_FILE = "receipts.sqlite3"
@@ -40,9 +42,9 @@ class ReceiptBook:
     >>> step = SampledGaussian(noise_multiplier=2.0, sampling_rate=1.0, sigma=2**29, dimension=4)
     >>> device, folder = SigningKey.generate(), tempfile.TemporaryDirectory()
     >>> book = ReceiptBook(Path(folder.name), federation="toy")
-    >>> book.answered(Attempt(1, 1), step, ["d7"])
-    >>> went_back = issue("device", {}, federation="toy", device="d7", key=device)
-    >>> book.admit("d7", went_back.model_dump_json().encode())  # doctest: +ELLIPSIS
+    >>> def receipt(charges): return issue("device", charges, federation="toy", device="d7", key=device)
+    >>> book.admit("d7", receipt({Attempt(1, 1): step}).model_dump_json().encode())
+    >>> book.admit("d7", receipt({}).model_dump_json().encode())  # doctest: +ELLIPSIS
     Traceback (most recent call last):
     stillroom_shared.errors.LedgerError: the ledger of device 'd7' went back in time: it lacks round 1 attempt 1; ...
     >>> folder.cleanup()
@@ -53,11 +55,6 @@ class ReceiptBook:
         self.federation = federation
         with closing(self._connected()) as database:
             database.executescript(_SCHEMA)
-
-    def answered(self, attempt: Attempt, event: Event, devices: Iterable[str]) -> None:
-        """Keep that these devices answered an attempt; `event` is what it costs each of them, un-amplified."""
-        with closing(self._connected()) as database, database:
-            self._keep(database, devices, {attempt: event})
 
     def admit(self, device: str, content: bytes) -> None:
         """Read a device's receipt, and keep it when it covers all that was kept before.
@@ -86,7 +83,8 @@ class ReceiptBook:
                     f"(`stillroom audit receipt`), which it replays with `stillroom budget --recover`"
                 )
             database.execute("INSERT OR IGNORE INTO signers VALUES (?, ?)", (device, receipt.public_key))
-            self._keep(database, [device], receipt.charges)
+            rows = [(device, *attempt, json.dumps(event_to_json(event))) for attempt, event in receipt.charges.items()]
+            database.executemany("INSERT OR IGNORE INTO answered VALUES (?, ?, ?, ?)", rows)
 
     def export(self, device: str, key: SigningKey) -> Receipt:
         """The coordinator's receipt about a device, to be replayed there; empty when it never answered."""
@@ -105,12 +103,3 @@ class ReceiptBook:
     def _kept(database: sqlite3.Connection, device: str) -> dict[Attempt, Event]:
         rows = database.execute("SELECT round, attempt, event FROM answered WHERE device = ?", (device,))
         return {Attempt(number, attempt): event_from_json(json.loads(event)) for number, attempt, event in rows}
-
-    @staticmethod
-    def _keep(database: sqlite3.Connection, devices: Iterable[str], charges: Charges) -> None:
-        rows = [
-            (device, attempt.round, attempt.attempt, json.dumps(event_to_json(event), sort_keys=True))
-            for device in devices
-            for attempt, event in charges.items()
-        ]
-        database.executemany("INSERT OR IGNORE INTO answered VALUES (?, ?, ?, ?)", rows)

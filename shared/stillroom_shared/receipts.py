@@ -1,18 +1,18 @@
 """Receipts: how a device and a coordinator notice that the other's ledger, or their own, went back in time.
 
 A receipt names every attempt of one federation that one device answered, with the event that each costs the device
-un-amplified. The device signs one about itself; the coordinator signs one about what it saw. Each side keeps the union
-of what it was shown. A ledger that lacks an attempt which the counterpart kept was rolled back, or lost rows; replaying
-the counterpart's receipt adds what is missing and removes nothing, so the larger spend is kept.
+un-amplified. The device signs one about itself; the coordinator keeps the union of those that it was shown, and signs
+that in turn when the device needs it. A ledger that lacks an attempt which the counterpart kept was rolled back, or lost
+rows; replaying the counterpart's receipt adds what is missing and removes nothing, so the larger spend is kept.
 
 Guarantees:
     - While the counterpart is honest, a ledger that lost an attempt is noticed: `lost` names it. A set is compared, not the
       head of a chain, so a lost reply or two histories that were merged do not lock a device out.
-    - A receipt reaches only the coordinator that sent the orders it names, and tells it no more than it sent: attempts of
-      its own federation. Not the ledger's head: that hash covers rows of other federations, which few guesses recover,
-      and its row number counts them. An attempt that was declined for want of budget, which other federations used up,
-      is listed like one that was joined. Keys differ for each federation and operator (`SigningKey.derive`), so two
-      coordinators cannot tell by them that they talk to one device.
+    - A receipt names attempts of one federation, the one that the device's owner named, and so tells its coordinator no
+      more than the orders which that sent. Not the ledger's head: that hash covers rows of other federations, which few
+      guesses recover, and its row number counts them. An attempt that was declined for want of budget, which other
+      federations used up, is listed like one that was joined. Keys differ for each federation and operator
+      (`SigningKey.derive`), so two coordinators cannot tell by them that they talk to one device.
     - Whoever forges a coordinator's receipt needs its key; a coordinator that lies in its own can only make a device
       decline, which it could do by not asking. It can withhold one: that is outside the guarantee.
 

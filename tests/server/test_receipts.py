@@ -38,15 +38,6 @@ def test_a_ledger_that_went_back_is_refused_and_told_what_it_lacks(tmp_path: Pat
     assert kept(book) == [1, 2, 5, 6]
 
 
-def test_what_the_coordinator_saw_answered_counts_without_any_receipt(tmp_path: Path) -> None:
-    """The backup may be older than the first receipt after it."""
-    book = ReceiptBook(tmp_path, federation="f")
-    book.answered(Attempt(4, 2), STEP, ["d", "e"])
-    with pytest.raises(LedgerError, match="lacks round 4 attempt 2"):
-        book.admit("d", shown(1))
-    assert kept(book, "e") == [4]
-
-
 def test_a_reply_that_was_lost_locks_nobody_out(tmp_path: Path) -> None:
     """The device charged a round whose answer never arrived: its ledger knows more, and that is in order."""
     book = ReceiptBook(tmp_path, federation="f")

@@ -16,7 +16,7 @@ from stillroom_server.receipts import ReceiptBook
 from stillroom_shared.accounting import SampledGaussian
 from stillroom_shared.cli import build_app
 from stillroom_shared.ledger import Ledger
-from stillroom_shared.receipts import Attempt, read_receipt
+from stillroom_shared.receipts import Attempt, issue, read_receipt
 from stillroom_shared.release import Release, seal_adapter
 from stillroom_shared.signing import SigningKey
 from stillroom_simulations.audit import audit_ledger
@@ -165,7 +165,8 @@ def test_a_receipt_is_written_for_an_enrolled_device_only(
 ) -> None:
     """A receipt for a misspelt name is empty, and would tell its reader that nothing was lost."""
     event = SampledGaussian(noise_multiplier=3.0, sampling_rate=1.0, sigma=2**30, dimension=7)
-    ReceiptBook(federation, federation="audited").answered(Attempt(2, 1), event, ["d7"])
+    shown = issue("device", {Attempt(2, 1): event}, federation="audited", device="d7", key=SigningKey.generate())
+    ReceiptBook(federation, federation="audited").admit("d7", shown.model_dump_json().encode())
     out = tmp_path / "receipt.json"
     arguments = ["audit", "receipt", str(federation), "--out", str(out), "--device"]
     assert CliRunner().invoke(build_app(), [*arguments, "d7"]).exit_code == 0
