@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from transformers import BertModel
 
@@ -66,11 +66,7 @@ class Trainer:
     def __init__(self, query_tower: Path, spec: AdapterSpec, *, autocast: bool = False) -> None:
         self.spec = spec
         self._autocast = autocast
-        # Eager attention: for queries this short, the fused one's backward pass is the slower.
-        self._tower = BertModel.from_pretrained(
-            query_tower, add_pooling_layer=False, local_files_only=True, attn_implementation="eager"
-        )
-        self._tower.requires_grad_(False)
+        self._tower = load_tower(query_tower)
         self._tower.train(False)  # dropout off; gradients flow all the same
         self._wrapped: dict[str, LowRankLinear] = attach(self._tower, spec, clients=1)
 
@@ -121,7 +117,7 @@ class Trainer:
         """Give `B` one slot for each device."""
         for module in self._wrapped.values():
             if len(module.B) != devices:
-                module.B = torch.nn.Parameter(torch.zeros(devices, *module.B.shape[1:]))
+                module.B = nn.Parameter(torch.zeros(devices, *module.B.shape[1:]))
 
     def _losses(self, records: Sequence[Sequence[Record]], temperature: float) -> Iterator[Tensor]:
         """Loss of each block of rows; together the sum over devices of the mean over each device's records."""
@@ -131,24 +127,44 @@ class Trainer:
             owners = torch.tensor([device for device, _ in block])
             weights = torch.tensor([1.0 / len(records[device]) for device, _ in block])
             vectors = self._forward([record.tokens for _, record in block], owners)  # (rows, dim)
-            candidates = torch.from_numpy(np.stack([record.candidates for _, record in block])).float()
-            scores = torch.einsum("rd,rcd->rc", vectors, candidates) / temperature  # (rows, candidates)
-            relevant = torch.zeros(len(block), dtype=torch.int64)
-            yield (functional.cross_entropy(scores, relevant, reduction="none") * weights).sum()
+            yield (record_losses(vectors, [record for _, record in block], temperature) * weights).sum()
 
     def _forward(self, tokens: Sequence[Sequence[int]], owners: Tensor) -> Tensor:
         """Mean-pooled unit vectors, (rows, dim) float32."""
-        length = max(map(len, tokens))
-        ids = torch.zeros(len(tokens), length, dtype=torch.int64)
-        mask = torch.zeros_like(ids)
-        for row, own in enumerate(tokens):
-            ids[row, : len(own)] = torch.tensor(own)
-            mask[row, : len(own)] = 1
         set_owners(self._wrapped, owners)
-        with torch.autocast("cpu", torch.bfloat16, enabled=self._autocast):
-            hidden = self._tower(input_ids=ids, attention_mask=mask).last_hidden_state  # (rows, tokens, dim)
-        weights = mask.unsqueeze(-1).float()
-        return functional.normalize((hidden.float() * weights).sum(1) / weights.sum(1), dim=-1)
+        return query_vectors(self._tower, tokens, autocast=self._autocast)
+
+
+def load_tower(query_tower: Path) -> BertModel:
+    """The query tower of a release, frozen."""
+    # Eager attention: for queries this short, the fused one's backward pass is the slower.
+    tower = BertModel.from_pretrained(
+        query_tower, add_pooling_layer=False, local_files_only=True, attn_implementation="eager"
+    )
+    tower.requires_grad_(False)
+    return tower
+
+
+def query_vectors(tower: nn.Module, tokens: Sequence[Sequence[int]], *, autocast: bool = False) -> Tensor:
+    """Mean-pooled unit vectors of tokenized queries, (rows, dim) float32."""
+    length = max(map(len, tokens))
+    ids = torch.zeros(len(tokens), length, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, own in enumerate(tokens):
+        ids[row, : len(own)] = torch.tensor(own)
+        mask[row, : len(own)] = 1
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        hidden = tower(input_ids=ids, attention_mask=mask).last_hidden_state  # (rows, tokens, dim)
+    weights = mask.unsqueeze(-1).float()
+    return functional.normalize((hidden.float() * weights).sum(1) / weights.sum(1), dim=-1)
+
+
+def record_losses(vectors: Tensor, records: Sequence[Record], temperature: float) -> Tensor:
+    """Softmax cross-entropy of each record over its own candidates, (rows,); as many candidates in every record."""
+    candidates = torch.from_numpy(np.stack([record.candidates for record in records])).float()
+    scores = torch.einsum("rd,rcd->rc", vectors, candidates) / temperature  # (rows, candidates)
+    relevant = torch.zeros(len(records), dtype=torch.int64)
+    return functional.cross_entropy(scores, relevant, reduction="none")
 
 
 def _blocks(rows: list[tuple[int, Record]]) -> Iterator[list[tuple[int, Record]]]:

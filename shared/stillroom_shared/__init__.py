@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from stillroom_shared.errors import StillroomError as StillroomError
     from stillroom_shared.ledger import Budget as Budget
     from stillroom_shared.ledger import Ledger as Ledger
+    from stillroom_shared.local_mechanism import Local as Local
+    from stillroom_shared.local_mechanism import calibrate_local as calibrate_local
     from stillroom_shared.mechanism import Central as Central
     from stillroom_shared.mechanism import NoPrivacy as NoPrivacy
     from stillroom_shared.mechanism import calibrate as calibrate
@@ -41,6 +43,7 @@ _HOME = {
     "Corpus": "corpus",
     "Correlated": "correlated",
     "Ledger": "ledger",
+    "Local": "local_mechanism",
     "NoPrivacy": "mechanism",
     "Passage": "corpus",
     "PrivacyStatement": "statement",
@@ -52,6 +55,7 @@ _HOME = {
     "StillroomError": "errors",
     "calibrate": "mechanism",
     "calibrate_correlated": "correlated",
+    "calibrate_local": "local_mechanism",
     "epsilon": "accounting",
     "load_beir": "beir",
     "load_settings": "settings",

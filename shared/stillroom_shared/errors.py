@@ -32,6 +32,10 @@ class BudgetError(StillroomError):
     """A planned spend would pass the privacy budget, or a budget cannot be met at all."""
 
 
+class PrivacyError(StillroomError):
+    """Something that a privacy guarantee rests on does not hold, so nothing was computed from private data."""
+
+
 class ProtocolError(StillroomError):
     """A message does not have the closed schema that the protocol allows."""
 

@@ -168,13 +168,12 @@ class Central:
 
     def bound(self, delta: NDArray[np.float32]) -> Update:
         """Clip to `clip_norm` and round towards zero, so that rounding never lengthens an update."""
-        scaled = _finite(delta, self.dimension) * (RESOLUTION / self.clip_norm)
-        norm = float(np.linalg.norm(scaled))
-        shrink = min(1.0, RESOLUTION / norm) if norm else 1.0
-        while not _fits(steps := np.trunc(scaled * shrink).astype(np.int64)):
-            shrink *= 1 - 2.0**-40  # the float norm was short by a rounding error: decide by the exact one
-        sign = (norm > 0) - 2 * (norm > RESOLUTION)  # zero, short, long: 0, 1, -1
-        return np.append(steps, [sign * self._bit] * (self.length - self.dimension)).astype(np.int32)
+        steps = clip_to_grid(delta, self.clip_norm, self.dimension)
+        if not self.norm_bit:
+            return steps
+        length = float(np.linalg.norm(_finite(delta, self.dimension)))
+        sign = (length > 0) - 2 * (length > self.clip_norm)  # zero, short, long: 0, 1, -1
+        return np.append(steps, np.int32(sign * self._bit))
 
     def admit(self, update: NDArray[np.integer]) -> bool:
         """True when length, type, the exact norm and the bit hold."""
@@ -268,6 +267,21 @@ def calibrate(
         devices=devices,
         dimension=dimension,
     )
+
+
+def clip_to_grid(values: NDArray[np.float32], clip_norm: float, dimension: int) -> Update:
+    """Values, (dimension,), as grid integers of exact L2 norm at most `RESOLUTION`, which stands for `clip_norm`.
+
+    Raises `ProtocolError` on another shape; NaN or infinity anywhere makes all of it zero.
+    """
+    scaled = _finite(values, dimension) * (RESOLUTION / clip_norm)
+    norm = float(np.linalg.norm(scaled))
+    shrink = min(1.0, RESOLUTION / norm) if norm else 1.0
+    while True:
+        steps = np.trunc(scaled * shrink).astype(np.int64)
+        if _fits(steps):
+            return steps.astype(np.int32)
+        shrink *= 1 - 2.0**-40  # the float norm was short by a rounding error: decide by the exact one
 
 
 def _finite(delta: NDArray[np.float32], dimension: int) -> NDArray[np.float64]:

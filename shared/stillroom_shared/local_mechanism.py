@@ -1,0 +1,189 @@
+"""The `local` mechanism: query-level DP-SGD on the device, so that what leaves it is private already.
+
+In each of `steps` steps the device tosses a coin for each of its records, clips the gradient of each chosen record to the
+integer grid, sums them, adds exact discrete Gaussian noise and divides by a public number (Abadi et al. 2016,
+arXiv 1607.00133). The update is the change of the adapter after the last step: a function of the noisy sums alone.
+
+Unit: one query of one device, that is the one record mined from it (`RECORDS_PER_QUERY` in `stillroom_client.records`).
+Adjacency is zero-out: the query keeps its place among the device's records and contributes the zero vector. The device's
+documents are fixed; they, and the topic that all its queries share, are outside of the unit. There is no user-level claim.
+
+Guarantees:
+    - `bound` returns integers whose exact L2 norm is at most `RESOLUTION`, so one record moves a sum by at most that.
+    - Sampling rate, steps, denominator and number of coins are public constants: none depends on what the device holds.
+    - A device without records, and an empty batch, release noise at the same cost.
+    - Which records were chosen never leaves the device, so amplification by that choice counts against everybody, the
+      coordinator included. Whether the device is in a round's cohort is another matter and is not in these events.
+
+| record's gradient | counts as |
+|---|---|
+| longer than the clip norm | scaled down onto it, rounded towards zero |
+| zero, or NaN or infinity anywhere | zero |
+| wrong length | `ProtocolError` |
+
+A device that has asked more than `records` queries trains on the latest. There, zero-out is not the same as never having
+asked: then the query before the oldest would take the free place, which is a change of two units.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stillroom_shared.accounting import SampledGaussian, smallest_noise_multiplier
+from stillroom_shared.errors import BudgetError
+from stillroom_shared.ledger import Ledger
+from stillroom_shared.mechanism import RESOLUTION, Total, Update, clip_to_grid
+from stillroom_shared.noise import discrete_gaussian
+from stillroom_shared.randomness import Randomness
+
+_MOST_RECORDS = 1 << 20  # their sum and the noise stay far inside int64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Local:
+    """One device's DP-SGD of one round: public constants, the same for every device.
+
+    Attributes:
+        clip_norm: largest L2 norm of a record's gradient.
+        noise_multiplier: standard deviation of the noise of one step / sensitivity of its sum.
+        sampling_rate: probability with which each record takes part in a step, in (0, 1].
+        steps: noisy sums of one round.
+        records: most that a device trains on, its latest.
+        dimension: trained values of the adapter.
+
+    >>> local = Local(clip_norm=0.5, noise_multiplier=2.0, sampling_rate=0.25, steps=3, records=16, dimension=3)
+    >>> (local.bound(np.array([3.0, 0.0, 4.0], np.float32)) / RESOLUTION).round(6).tolist(), local.denominator
+    ([0.6, 0.0, 0.8], 4.0)
+    >>> local.sigma == 2 * RESOLUTION, len(local.events()), local.events()[0].sampling_rate
+    (True, 3, 0.25)
+    """
+
+    clip_norm: float
+    noise_multiplier: float
+    sampling_rate: float
+    steps: int
+    records: int
+    dimension: int
+    name: Literal["local"] = "local"
+    unit: Literal["query"] = "query"
+
+    def __post_init__(self) -> None:
+        if not 1e-12 <= self.clip_norm <= 1e12:
+            raise BudgetError(
+                f"clip norm {self.clip_norm} bounds nothing: choose a number from 1e-12 to 1e12, e.g. 0.3"
+            )
+        if not 0 < self.noise_multiplier < math.inf:
+            raise BudgetError(f"noise multiplier {self.noise_multiplier} gives no protection: choose a value above 0")
+        if self.steps < 1 or not 1 <= self.records <= _MOST_RECORDS:
+            raise BudgetError(
+                f"{self.steps} steps over at most {self.records} records: choose at least one of each, and at most "
+                f"{_MOST_RECORDS:,} records"
+            )
+        self.events()  # refuses an impossible noise multiplier, sampling rate or dimension
+
+    @property
+    def sensitivity(self) -> int:
+        """L2 sensitivity of the sum of one step under zero-out of a record, in grid steps."""
+        return RESOLUTION
+
+    @property
+    def sigma(self) -> int:
+        """Standard deviation of the noise in grid steps, rounded up."""
+        return math.ceil(self.noise_multiplier * self.sensitivity)
+
+    @property
+    def denominator(self) -> float:
+        """Expected batch of a device that holds `records` records: public and fixed."""
+        return self.sampling_rate * self.records
+
+    def sample(self, randomness: Randomness) -> list[bool]:
+        """One coin for each of the `records` places, taken or not, so that the coins tell nothing of their number."""
+        numerator, denominator = float(self.sampling_rate).as_integer_ratio()
+        return [randomness.bernoulli(numerator, denominator) for _ in range(self.records)]
+
+    def bound(self, gradient: NDArray[np.float32]) -> Update:
+        """One record's gradient, (dimension,), clipped to `clip_norm` and rounded towards zero."""
+        return clip_to_grid(gradient, self.clip_norm, self.dimension)
+
+    def release(self, total: Total, randomness: Randomness) -> NDArray[np.float64]:
+        """The noisy mean gradient of a step, (dimension,); what follows is post-processing."""
+        noisy = total + discrete_gaussian(self.sigma, self.dimension, randomness)
+        return noisy.astype(np.float64) * (self.clip_norm / RESOLUTION / self.denominator)
+
+    def events(self) -> tuple[SampledGaussian, ...]:
+        """What one round costs a query of a device that takes part, against everybody: one event for each step.
+
+        Their sampling rate is that of records. It is hidden from every adversary, so `without_sampling`, which is for
+        cohorts, has no place here; whoever calls it all the same overstates the cost.
+        """
+        step = SampledGaussian(
+            noise_multiplier=self.noise_multiplier,
+            sampling_rate=self.sampling_rate,
+            sigma=self.sigma,
+            dimension=self.dimension,
+        )
+        return (step,) * self.steps
+
+
+def calibrate_local(
+    *,
+    target_epsilon: float,
+    delta: float,
+    rounds: int,
+    clip_norm: float,
+    sampling_rate: float,
+    steps: int,
+    records: int,
+    dimension: int,
+) -> Local:
+    """The `Local` mechanism with the least noise that keeps a device in `rounds` rounds within the target.
+
+    `rounds` is the number of rounds a device may take part in, not the number of rounds of the federation.
+
+    Raises `BudgetError` with the reason when no noise multiplier up to 1,000 does.
+    """
+    if rounds < 1 or steps < 1:
+        raise BudgetError(f"{rounds} rounds of {steps} steps: plan at least one of each")
+    try:
+        multiplier = smallest_noise_multiplier(
+            target_epsilon=target_epsilon,
+            delta=delta,
+            rounds=rounds * steps,
+            sampling_rate=sampling_rate,
+            dimension=dimension,
+            resolution=RESOLUTION,
+        )
+    except BudgetError as error:
+        raise BudgetError(f"{rounds} rounds of {steps} local steps, each step one release: {error}") from error
+    return Local(
+        clip_norm=clip_norm,
+        noise_multiplier=multiplier,
+        sampling_rate=sampling_rate,
+        steps=steps,
+        records=records,
+        dimension=dimension,
+    )
+
+
+def charge(ledger: Ledger, mechanism: Local, purpose: dict[str, Any]) -> None:
+    """Record every step of a round durably, before the first; the caller trains only after this returned.
+
+    Raises `BudgetError` when `purpose` was charged before: a second run is a second spend. A crash in between leaves some
+    steps charged, none released, and the attempt answered.
+    """
+    if "step" in purpose:
+        raise BudgetError(f"purpose {purpose} names a step already: leave it out, every step is charged here")
+
+    def unknown(earlier: list[dict[str, Any]]) -> None:
+        if any({key: value for key, value in spent.items() if key != "step"} == purpose for spent in earlier):
+            raise BudgetError(f"{purpose} was charged already: an attempt is never answered twice")
+
+    first, *others = mechanism.events()
+    ledger.spend(first, budget=None, purpose=purpose | {"step": 1}, allowed=unknown)
+    for step, event in enumerate(others, start=2):
+        ledger.spend(event, budget=None, purpose=purpose | {"step": step})
