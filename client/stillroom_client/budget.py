@@ -24,7 +24,7 @@ from pydantic import ValidationError
 
 from stillroom_client.home import RELEASE_NAME, Identity, adapter_in_use
 from stillroom_client.participation import KEY_FILE, LEDGER_FILE, Consent, open_ledger
-from stillroom_shared.accounting import Event, SampledGaussian, epsilon, event_from_json
+from stillroom_shared.accounting import Event, Unprotected, epsilon, event_from_json
 from stillroom_shared.errors import ReleaseError
 from stillroom_shared.ledger import Row
 from stillroom_shared.release import open_release
@@ -146,7 +146,7 @@ def _by_federation(rows: Sequence[Row]) -> tuple[Spent, ...]:
 def _participations_left(events: Sequence[Event], consent: Consent) -> int:
     """How many more attempts like the last one fit under cap and limit; the limit is asked by bisection."""
     most = max(0, consent.participations - len(events))
-    if consent.limit_epsilon is None or not events or not isinstance(events[-1], SampledGaussian):
+    if consent.limit_epsilon is None or not events or isinstance(events[-1], Unprotected):
         return most
     fits = 0
     while fits < most:

@@ -23,13 +23,14 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from stillroom_client.home import Identity
+from stillroom_client.separation import Turn, require_turn
 from stillroom_shared.accounting import event_from_json, event_to_json
 from stillroom_shared.errors import BudgetError, LedgerError, LedgerLostError, ProtocolError, SettingsError
 from stillroom_shared.files import exclusive, replace_file
 from stillroom_shared.ledger import Budget, Ledger, Row
 from stillroom_shared.mechanism import MechanismName
 from stillroom_shared.protocol import RoundOrder
-from stillroom_shared.receipts import Attempt, Charges, Receipt, issue, lost, read_receipt, unamplified
+from stillroom_shared.receipts import Attempt, Charges, Receipt, issue, lost, read_receipt
 from stillroom_shared.signing import SigningKey
 from stillroom_shared.statement import OBSERVERS
 
@@ -118,12 +119,18 @@ def take_part(home: Path, order: RoundOrder) -> None:
     """
     consent = Consent.load(home)
     _require_agreed(consent, order, home)
-    event = unamplified(order.build_mechanism().event())
+    event = order.build_mechanism().participation_event()
     attempt, purpose = Attempt(order.round, order.attempt), _purpose(order.federation, order.round, order.attempt)
+    turn = None
+    if order.schedule is not None:
+        turn = Turn(**purpose, separation=order.schedule.separation, participations=order.schedule.participations)
+        purpose = turn.purpose()
 
     def allowed(joined: list[dict[str, Any]]) -> None:
         if purpose in joined:
             raise BudgetError(f"{purpose} was answered already: an attempt is never answered twice")
+        if turn is not None:
+            require_turn(turn, joined)
         if len(joined) >= consent.participations:
             raise BudgetError(
                 f"participation {len(joined) + 1} is over the cap of {consent.participations} in {home / CONSENT_FILE}"

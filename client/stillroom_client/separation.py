@@ -10,7 +10,7 @@ keeps them; the device does not take its word, and looks into its own ledger bef
 | the same attempt, or a lower one | `BudgetError` |
 | fewer than `separation` rounds after the last one, or before it | `BudgetError` |
 | a round beyond the cap | `BudgetError` |
-| other limits than at the first participation | `BudgetError`: the noise was computed for those |
+| other limits than at an earlier participation | `BudgetError`: the noise was computed for those |
 """
 
 from __future__ import annotations
@@ -49,6 +49,8 @@ def require_turn(turn: Turn, joined: Sequence[dict[str, Any]]) -> None:
     earlier = [purpose for purpose in joined if purpose.get("federation") == turn.federation]
     limits = (turn.separation, turn.participations)
     for purpose in earlier:
+        if "separation" not in purpose:
+            continue  # replayed from a receipt, which names attempts only; it counts all the same
         if (promised := (purpose.get("separation"), purpose.get("participations"))) != limits:
             raise BudgetError(
                 f"round {turn.round} of {turn.federation!r} names separation and participations {limits}, earlier rounds "

@@ -1,8 +1,8 @@
 """A federation's rounds: sample, charge, broadcast, sum, add noise, step. The heart of the operator's side.
 
 `Coordinator.run` reads like the algorithm (DP-FedAvg with user-level central noise: McMahan et al. 2018, arXiv 1710.06963,
-with a fixed denominator and Poisson cohorts). It resumes from its checkpoint; a round that was charged but not finished is
-tried again and charged again.
+with a fixed denominator and Poisson cohorts; or DP-FTRL, where devices take turns and the whole run is charged at once). It
+resumes from its checkpoint; a round that was charged but not finished is tried again and charged again.
 
 Guarantees:
     - The spend of a round is durable before any device is asked.
@@ -29,11 +29,13 @@ from flwr.serverapp import Grid
 from stillroom_server.cohort import poisson_cohort
 from stillroom_server.optimizer import OptimizerState
 from stillroom_server.plan import Plan
+from stillroom_server.stream import RowStream
 from stillroom_shared.adapter import Adapter
+from stillroom_shared.correlated import Correlated
 from stillroom_shared.errors import BudgetError, LedgerError, ProtocolError
 from stillroom_shared.files import replace_file
 from stillroom_shared.ledger import Ledger
-from stillroom_shared.mechanism import Mechanism, Total
+from stillroom_shared.mechanism import Mechanism, Released, Total
 from stillroom_shared.protocol import ENROL, TRAIN, RoundOrder, order_message, read_enrolment, read_update
 from stillroom_shared.randomness import Randomness
 from stillroom_shared.release import Release, open_release, seal_adapter
@@ -44,6 +46,9 @@ LEDGER_FILE = "ledger.sqlite3"
 KEY_FILE = "coordinator.key"
 ADAPTERS_FOLDER = "adapters"
 _STATE_FILE = "state.npz"
+_ROWS_FILE = "rows.npz"
+_WHOLE_RUN = {"run": 1}
+"""Purpose of the one charge of a run whose rounds are correlated."""
 _POLL_SECONDS = 1.0
 _log = logging.getLogger(__name__)
 
@@ -136,22 +141,51 @@ class Coordinator:
         """One attempt at the next round; returns the norm of the released update."""
         order = self._next_order()
         mechanism = order.build_mechanism()
-        adapter = Adapter(self.spec, self.state.iterate.astype(np.float32))
-
-        charged = {"round": order.round, "attempt": order.attempt}
-        self.ledger.spend(mechanism.event(), budget=self.plan.budget, purpose=charged)
-        cohort = poisson_cohort(self.plan.enrolled, self.plan.sampling_rate, self._randomness("cohort", order))
-        replies = _ask(grid, [nodes[name] for name in cohort if name in nodes], order, adapter, self.plan)
-        total = sum_updates(replies, mechanism)
-        released = mechanism.release(total, self._randomness("noise", order))
+        if isinstance(mechanism, Correlated):
+            released = self._row(grid, nodes, order, mechanism)
+        else:
+            charged = {"round": order.round, "attempt": order.attempt}
+            self.ledger.spend(mechanism.event(), budget=self.plan.budget, purpose=charged)
+            cohort = poisson_cohort(self.plan.enrolled, self.plan.sampling_rate, self._randomness("cohort", order))
+            total = self._ask(grid, nodes, cohort, order, mechanism)
+            released = mechanism.release(total, self._randomness("noise", order))
         self.state = self.plan.optimizer.step(self.state, released.update)
         self.unclipped = (*self.unclipped, *([] if released.unclipped is None else [released.unclipped]))
         _save_state(self.home / _STATE_FILE, self.state, self.unclipped)
         return float(np.linalg.norm(released.update))
 
+    def _row(self, grid: Grid, nodes: Mapping[str, int], order: RoundOrder, mechanism: Correlated) -> Released:
+        """One attempt at the next row of a correlated run: charged as a whole, before its first row."""
+        if _WHOLE_RUN not in self.ledger.purposes():
+            self.ledger.spend(mechanism.event(), budget=self.plan.budget, purpose=_WHOLE_RUN)
+        rows = RowStream(
+            self.home / _ROWS_FILE, mechanism, federation=self.plan.federation, plan=self.plan.content_hash
+        )
+        with rows:
+            update = rows.pending(order.round - 1)
+            if update is None:  # no row was formed that the checkpoint lacks
+                self.ledger.record({"asked": {"round": order.round, "attempt": order.attempt}})
+                total = self._ask(grid, nodes, self.plan.rotation.cohort(order.round), order, mechanism)
+                update = rows.release(order.round, total, self._randomness("noise", order))
+        return Released(update)
+
+    def _ask(
+        self, grid: Grid, nodes: Mapping[str, int], cohort: Sequence[str], order: RoundOrder, mechanism: Mechanism
+    ) -> Total:
+        """Broadcast to the cohort's devices that are online, and add up what they answer."""
+        content = order_message(order, Adapter(self.spec, self.state.iterate.astype(np.float32)))
+        messages = [
+            Message(content, dst_node_id=nodes[name], message_type=TRAIN, group_id=str(order.round))
+            for name in cohort
+            if name in nodes
+        ]
+        return sum_updates(grid.send_and_receive(messages, timeout=self.plan.reply_timeout_seconds), mechanism)
+
     def _check_ledger_covers_state(self) -> None:
         """A ledger that was removed or restored from an old copy knows less than the checkpoint: refuse to go on."""
-        charged = {purpose["round"] for purpose in self.ledger.purposes()}
+        purposes = self.ledger.purposes()
+        whole = set(range(1, self.plan.rounds + 1)) if _WHOLE_RUN in purposes else set()
+        charged = {purpose["round"] for purpose in purposes if "round" in purpose} | whole
         if missing := set(range(1, len(self.state.history) + 1)) - charged:
             self.ledger.close()
             raise LedgerError(
@@ -161,7 +195,8 @@ class Coordinator:
 
     def _next_order(self) -> RoundOrder:
         number = len(self.state.history) + 1
-        attempt = 1 + sum(purpose["round"] == number for purpose in self.ledger.purposes())
+        asked = [row.fields["asked"] for row in self.ledger.rows() if row.kind == "note" and "asked" in row.fields]
+        attempt = 1 + sum(earlier.get("round") == number for earlier in (*self.ledger.purposes(), *asked))
         return self.plan.order(
             round_number=number,
             attempt=attempt,
@@ -244,12 +279,6 @@ def sum_updates(replies: Iterable[Message], mechanism: Mechanism) -> Total:
         if admitted:
             total += update
     return total
-
-
-def _ask(grid: Grid, nodes: list[int], order: RoundOrder, adapter: Adapter, plan: Plan) -> Iterable[Message]:
-    content = order_message(order, adapter)
-    messages = [Message(content, dst_node_id=node, message_type=TRAIN, group_id=str(order.round)) for node in nodes]
-    return grid.send_and_receive(messages, timeout=plan.reply_timeout_seconds)
 
 
 def _load_or_make_key(path: Path) -> SigningKey:

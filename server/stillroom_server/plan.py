@@ -14,11 +14,12 @@ from typing import Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from stillroom_server.clipping import AdaptiveClip
+from stillroom_server.cohort import Rotation
 from stillroom_server.optimizer import OptimizerName, ServerOptimizer
-from stillroom_shared.errors import SettingsError
+from stillroom_shared.errors import SettingsError, StillroomError
 from stillroom_shared.ledger import Budget
 from stillroom_shared.mechanism import MechanismName
-from stillroom_shared.protocol import RoundOrder
+from stillroom_shared.protocol import RoundOrder, Schedule
 
 PLAN_FILE = "plan.json"
 
@@ -36,6 +37,8 @@ class Plan(BaseModel):
             the round before. None keeps the clip norm.
         clip_rate, norm_bit: step of the clip norm's logarithm; size of the bit that is asked for, in clip norms.
         budget_epsilon: the most epsilon (user level, at `delta`, against readers of releases) ever to be spent.
+        sampling_rate: chance of a device to be in a cohort; under `correlated` the share of devices whose turn it is.
+        schedule: of `correlated` only: when devices take turns, and the coefficients of the noise.
         wait_for_nodes: how many nodes must be online before a round is charged; who is online is no private data.
         seed: fixes all randomness; allowed only in a rehearsal, whose statements promise nothing.
     """
@@ -47,6 +50,7 @@ class Plan(BaseModel):
     enrolled: tuple[str, ...] = Field(min_length=1)
     mechanism: MechanismName
     rounds: int = Field(ge=0)
+    schedule: Schedule | None = None
     sampling_rate: float = Field(gt=0, le=1)
     clip_norm: float | None = Field(default=None, gt=0)
     clip_quantile: float | None = Field(default=None, gt=0, lt=1)
@@ -81,9 +85,41 @@ class Plan(BaseModel):
             )
         if self.mechanism != "none" and None in (self.clip_norm, self.noise_multiplier, self.budget_epsilon):
             raise ValueError(f"mechanism {self.mechanism!r} needs clip_norm, noise_multiplier and budget_epsilon")
+        self._require_schedule()
         if self.mechanism == "none" and self.clip_quantile is not None:
             raise ValueError(f"clip_quantile {self.clip_quantile}: mechanism none clips nothing, remove it")
         return self
+
+    def _require_schedule(self) -> None:
+        """Raise `ValueError` unless there is one exactly where the mechanism needs it, and it covers every round."""
+        if (self.schedule is None) != (self.mechanism != "correlated"):
+            raise ValueError(f"schedule: mechanism {self.mechanism!r} and schedule {self.schedule} do not go together")
+        if self.schedule is None:
+            return
+        if self.clip_quantile is not None:
+            raise ValueError("clip_quantile: rows add up rounds, so their clip norm cannot move; remove it")
+        if self.schedule.rounds != self.rounds or self.sampling_rate != 1 / self.schedule.separation:
+            raise ValueError(
+                f"schedule of {self.schedule.rounds} rounds, each device every {self.schedule.separation}: the plan has "
+                f"{self.rounds} rounds at sampling rate {self.sampling_rate}"
+            )
+        try:
+            if self.rounds:
+                self.rotation.cohort(self.rounds)
+                self.order(round_number=1, attempt=1, release="any", dimension=1).build_mechanism()
+        except StillroomError as error:
+            raise ValueError(f"schedule: {error}") from error
+
+    @property
+    def rotation(self) -> Rotation:
+        """Whose turn it is, where devices take turns."""
+        assert self.schedule is not None
+        return Rotation(
+            federation=self.federation,
+            enrolled=self.enrolled,
+            separation=self.schedule.separation,
+            participations=self.schedule.participations,
+        )
 
     @property
     def content_hash(self) -> str:
@@ -126,6 +162,7 @@ class Plan(BaseModel):
             clip_norm=clip.norm_after(unclipped) if clip else self.clip_norm,
             noise_multiplier=self.noise_multiplier,
             norm_bit=self.norm_bit if clip else 0.0,
+            schedule=self.schedule,
             sampling_rate=self.sampling_rate,
             devices=len(self.enrolled),
             dimension=dimension,

@@ -121,6 +121,11 @@ class Correlated:
             )
 
     @property
+    def length(self) -> int:
+        """The adapter values and nothing else."""
+        return self.dimension
+
+    @property
     def bands(self) -> int:
         """Number of coefficients b: how many rows a sum enters."""
         return len(self.coefficients)

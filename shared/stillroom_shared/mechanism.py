@@ -38,7 +38,7 @@ from stillroom_shared.randomness import Randomness
 RESOLUTION = 1 << 28
 """Grid steps in one clip norm: rounding costs a delta of about 1e-15, and an update fits int32."""
 
-MechanismName = Literal["none", "central"]
+MechanismName = Literal["none", "central", "correlated"]
 Update = NDArray[np.int32]
 Total = NDArray[np.int64]
 
@@ -58,7 +58,7 @@ class Released:
 
 
 class Mechanism(Protocol):
-    """One way to turn device updates into a release. Implementations are frozen values."""
+    """One way to bound device updates and to account for what is made of their sum. Implementations are frozen values."""
 
     @property
     def name(self) -> MechanismName:
@@ -88,12 +88,20 @@ class Mechanism(Protocol):
         """Server side: whether an arrived update may enter the sum; one that may not counts as zero."""
         ...
 
-    def release(self, total: Total, randomness: Randomness) -> Released:
-        """The noisy mean of the updates whose exact sum, (length,), is given."""
+    def event(self) -> Event:
+        """What is charged to a reader of releases: one round, or a whole run whose rounds cannot be told apart."""
         ...
 
-    def event(self) -> Event:
-        """What one `release` costs a reader of releases."""
+    def participation_event(self) -> Event:
+        """What taking part in one round costs a device by its own account: sampling does not count."""
+        ...
+
+
+class RoundMechanism(Mechanism, Protocol):
+    """A mechanism that releases each round by itself."""
+
+    def release(self, total: Total, randomness: Randomness) -> Released:
+        """The noisy mean of the updates whose exact sum, (length,), is given."""
         ...
 
 
@@ -197,6 +205,10 @@ class Central:
             dimension=self.length,
         )
 
+    def participation_event(self) -> SampledGaussian:
+        """The same, known to have taken part."""
+        return self.event().without_sampling()
+
 
 @dataclass(frozen=True, kw_only=True)
 class NoPrivacy:
@@ -236,6 +248,10 @@ class NoPrivacy:
     def event(self) -> Unprotected:
         """No noise: nothing is promised."""
         return Unprotected(dimension=self.dimension)
+
+    def participation_event(self) -> Unprotected:
+        """The same."""
+        return self.event()
 
 
 def calibrate(

@@ -21,14 +21,33 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from stillroom_shared.adapter import Adapter, AdapterSpec
+from stillroom_shared.correlated import Correlated
 from stillroom_shared.errors import ProtocolError, StillroomError
-from stillroom_shared.mechanism import Central, Mechanism, MechanismName, NoPrivacy, Update
+from stillroom_shared.mechanism import Central, MechanismName, NoPrivacy, Update
 
 TRAIN = "train"
 ENROL = "query.enrol"
 
 _VALUES = "values"
 _LARGEST_HEADER = 1024
+
+
+class Schedule(BaseModel):
+    """When devices take turns, and how their rounds' noise is correlated; fixed before the first round of a run.
+
+    Attributes:
+        rounds: rows of the run.
+        separation: rounds between two turns of a device, at least as many as there are coefficients.
+        participations: most turns of a device.
+        coefficients: of the strategy matrix, in units of 1 / `toeplitz.ONE`; integers, so that nobody computes them anew.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    rounds: int = Field(ge=0)
+    separation: int = Field(ge=1)
+    participations: int = Field(ge=1)
+    coefficients: tuple[int, ...] = Field(min_length=1)
 
 
 class RoundOrder(BaseModel):
@@ -48,6 +67,7 @@ class RoundOrder(BaseModel):
     clip_norm: float | None
     noise_multiplier: float | None
     norm_bit: float = Field(default=0.0, ge=0, le=1)
+    schedule: Schedule | None = None
     sampling_rate: float = Field(gt=0, le=1)
     devices: int = Field(ge=1)
     dimension: int = Field(ge=1)
@@ -56,13 +76,25 @@ class RoundOrder(BaseModel):
     temperature: float = Field(gt=0)
     candidates: int = Field(ge=2)
 
-    def build_mechanism(self) -> Mechanism:
+    def build_mechanism(self) -> Central | Correlated | NoPrivacy:
         """The mechanism value that both sides use; an unknown one is refused by the schema."""
         if self.mechanism == "none":
             return NoPrivacy(sampling_rate=self.sampling_rate, devices=self.devices, dimension=self.dimension)
         if self.clip_norm is None or self.noise_multiplier is None:
             raise ProtocolError(
                 f"round {self.round}: mechanism {self.mechanism!r} needs clip_norm and noise_multiplier"
+            )
+        if self.mechanism == "correlated":
+            if self.schedule is None or self.round > self.schedule.rounds:
+                raise ProtocolError(
+                    f"round {self.round}: mechanism 'correlated' needs the schedule of a run that holds it"
+                )
+            return Correlated(
+                clip_norm=self.clip_norm,
+                noise_multiplier=self.noise_multiplier,
+                **self.schedule.model_dump(),
+                devices=self.devices,
+                dimension=self.dimension,
             )
         return Central(
             clip_norm=self.clip_norm,

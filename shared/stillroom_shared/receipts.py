@@ -31,7 +31,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
-from stillroom_shared.accounting import Event, SampledGaussian, event_from_json, event_to_json
+from stillroom_shared.accounting import Event, event_from_json, event_to_json
 from stillroom_shared.errors import BudgetError, ProtocolError, ReleaseError
 from stillroom_shared.signing import SigningKey, verify
 
@@ -64,6 +64,7 @@ class Charge(BaseModel):
 class Receipt(BaseModel):
     """What one device answered in one federation, vouched for by `by`. Make one with `issue`, read one with `read_receipt`.
 
+    >>> from stillroom_shared.accounting import SampledGaussian
     >>> key, event = SigningKey.generate(), SampledGaussian(noise_multiplier=2.0, sampling_rate=1.0, sigma=9, dimension=4)
     >>> shown = issue("device", {Attempt(1, 1): event}, federation="f", device="d", key=key)
     >>> kept = issue("device", {Attempt(1, 1): event, Attempt(3, 1): event}, federation="f", device="d", key=key)
@@ -148,8 +149,3 @@ def read_receipt(content: bytes, *, by: Signer, device: str, federation: str | N
 def lost(kept: Charges, shown: Charges) -> list[Attempt]:
     """Attempts that the counterpart kept and a ledger shows no more, or shows with another event; empty: nothing is lost."""
     return sorted(attempt for attempt, event in kept.items() if shown.get(attempt) != event)
-
-
-def unamplified(event: Event) -> Event:
-    """What an attempt costs a device by its own account: sampling does not count."""
-    return event.without_sampling() if isinstance(event, SampledGaussian) else event

@@ -14,6 +14,7 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, Field, model_validator
 
 from stillroom_shared.adapter import Target
+from stillroom_shared.mechanism import MechanismName
 from stillroom_shared.settings_file import Group, load, reference
 
 HomePath = Annotated[Path, AfterValidator(Path.expanduser)]
@@ -61,9 +62,12 @@ class AdapterSettings(Group):
 class RoundsSettings(Group):
     """Federated rounds. Everything here is a public constant of the federation."""
 
-    mechanism: Literal["none", "central"] = Field("central", description="`none` is the non-private baseline")
+    mechanism: MechanismName = Field(
+        "central", description="`none` is the non-private baseline; under `correlated` devices take turns"
+    )
     rounds: int = Field(15, ge=0, description="planned rounds")
     sampling_rate: float = Field(0.2, gt=0, le=1, description="chance of a device to be in a round's cohort")
+    separation: int = Field(5, ge=1, description="under `correlated`: a device's turn comes every so many rounds")
     clip_norm: float | None = Field(0.3, gt=0, description="largest L2 norm of an update")
     clip_quantile: float | None = Field(
         None, gt=0, lt=1, description="share of updates to leave unclipped: the clip norm follows it; none: it stays"
@@ -94,9 +98,11 @@ class RoundsSettings(Group):
         values = ", ".join(f"{name} {getattr(self, name) or 'none'}" for name in _NOISE)
         if self.mechanism == "none" and (bounded or noisy):
             raise ValueError(f"{values}: mechanism none neither clips nor adds noise, set all three to none")
-        if self.mechanism == "central" and not bounded:
+        if self.mechanism == "correlated" and self.clip_quantile is not None:
+            raise ValueError(f"clip_quantile {self.clip_quantile}: rows add up rounds of one clip norm, set it to none")
+        if self.mechanism != "none" and not bounded:
             raise ValueError(f"{values}: without a clip norm nothing bounds what a user can do, give one, e.g. 0.3")
-        if self.mechanism == "central" and (both or not noisy):
+        if self.mechanism != "none" and (both or not noisy):
             raise ValueError(f"{values}: give one of the last two, and set the other to none")
         return self
 

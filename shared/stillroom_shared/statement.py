@@ -14,7 +14,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from stillroom_shared.accounting import AccountantName, Event, SampledGaussian, epsilon
+from stillroom_shared.accounting import AccountantName, CorrelatedGaussian, Event, SampledGaussian, Unprotected, epsilon
 from stillroom_shared.mechanism import MechanismName
 
 READERS = "readers of releases"
@@ -29,6 +29,9 @@ class PrivacyStatement(BaseModel):
         unit: what is protected: "user" is everything one device holds; "none" for the non-private baseline.
         epsilon: against readers of releases, by accountant; the guarantee is the PLD figure, RDP cross-checks it.
         against: epsilon for each adversary, never only the smallest.
+        sampling: "poisson" cohorts, or devices that take "turns", where nothing is amplified.
+        participations, separation: under "turns": the most that a device joins, and how many rounds apart at least.
+        rounds: charged; under "turns" all of the run, released or not.
         rehearsal: the noise came from a known seed; nothing is promised to anybody who knows it.
     """
 
@@ -37,10 +40,12 @@ class PrivacyStatement(BaseModel):
     schema_version: Literal[1] = 1
     unit: Literal["user", "none"]
     adjacency: Literal["zero-out"] = "zero-out"
-    mechanism: Literal["central", "none"]
+    mechanism: MechanismName
     noise_multiplier: float | None
     clip_norm: float | None
-    sampling: Literal["poisson"] = "poisson"
+    sampling: Literal["poisson", "turns"] = "poisson"
+    participations: int | None = None
+    separation: int | None = None
     sampling_rate: float
     rounds: int
     devices: int
@@ -64,7 +69,6 @@ class PrivacyStatement(BaseModel):
             )
         if self.epsilon["PLD"] is None or self.unit == "none":
             return "No differential privacy: updates were neither clipped nor noised. This is a baseline for comparison only."
-        observers = self.against[OBSERVERS]
         sentences = [
             f"The unit of protection is one user: everything on one of {self.devices:,} enrolled devices.",
             f"Against {READERS}, {self.rounds} round{'s' * (self.rounds != 1)} cost "
@@ -72,8 +76,7 @@ class PrivacyStatement(BaseModel):
             "whatever somebody concludes from the released models, they would have concluded almost as likely had the "
             f"device contributed nothing; the factor is at most e to the {printed_epsilon(self.epsilon['PLD'])}, "
             f"but for a chance of {self.delta:.1e}.",
-            f"Against {OBSERVERS}, who may see which devices take part and read the releases, sampling hides nothing: "
-            f"{_figure(observers, self.delta, OBSERVERS)} for a device that joined every round.",
+            self._seen_by_observers(),
             "Against the coordinator there is no differential privacy guarantee (none): it sees single clipped updates, "
             "never queries, documents or embeddings.",
             "Not covered: how long a device takes to answer, and what other federations of the same devices release.",
@@ -83,6 +86,18 @@ class PrivacyStatement(BaseModel):
                 "Rehearsal: the randomness came from a known seed, so none of this binds anybody who knows it."
             )
         return " ".join(sentences)
+
+    def _seen_by_observers(self) -> str:
+        found = _figure(self.against[OBSERVERS], self.delta, OBSERVERS)
+        if self.sampling == "turns":
+            return (
+                f"Devices take turns, each at most {self.participations} times and every {self.separation} rounds, so against "
+                f"{OBSERVERS}, who may see whose turn it is, the figure is the same: {found}."
+            )
+        return (
+            f"Against {OBSERVERS}, who may see which devices take part and read the releases, sampling hides nothing: "
+            f"{found} for a device that joined every round."
+        )
 
 
 def statement(
@@ -102,28 +117,37 @@ def statement(
     >>> sorted((adversary, value and round(value, 2)) for adversary, value in made.against.items())
     [('peers and network observers', 10.23), ('readers of releases', 4.9), ('the coordinator', None)]
     """
-    gaussians = [event for event in events if isinstance(event, SampledGaussian)]
+    gaussians = [event for event in events if not isinstance(event, Unprotected)]
     protected = len(gaussians) == len(events) and mechanism != "none"
+    runs = [event for event in gaussians if isinstance(event, CorrelatedGaussian)]
 
     def cost(of: Sequence[Event], accountant: AccountantName = "PLD") -> float | None:
         found = epsilon(of, delta, accountant) if protected else math.inf
         return found if math.isfinite(found) else None
 
     readers: dict[str, float | None] = {"PLD": cost(events), "RDP": cost(events, "RDP")}
-    unamplified = [event.without_sampling() for event in gaussians]
+    unamplified = [event.without_sampling() if isinstance(event, SampledGaussian) else event for event in gaussians]
     return PrivacyStatement(
         unit="user" if protected else "none",
-        mechanism="central" if protected else "none",
+        mechanism=mechanism if protected else "none",
+        sampling="turns" if runs or mechanism == "correlated" else "poisson",
+        participations=max((run.participations for run in runs), default=None),
+        separation=min((run.separation for run in runs), default=None),
         noise_multiplier=min((event.noise_multiplier for event in gaussians), default=None) if protected else None,
         clip_norm=clip_norm if protected else None,
         sampling_rate=sampling_rate,
-        rounds=len(events),
+        rounds=sum(rounds_of(event) for event in events),
         devices=devices,
         delta=delta,
         epsilon=readers,
         against={READERS: readers["PLD"], OBSERVERS: cost(unamplified), COORDINATOR: None},
         rehearsal=rehearsal,
     )
+
+
+def rounds_of(event: Event) -> int:
+    """How many rounds one charge pays for."""
+    return event.rounds if isinstance(event, CorrelatedGaussian) else 1
 
 
 def printed_epsilon(value: float) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -25,7 +26,7 @@ from stillroom_shared.receipts import Receipt
 from stillroom_shared.release import AdapterManifest
 from stillroom_shared.sealed import open_sealed
 from stillroom_shared.signing import SigningKey
-from stillroom_shared.statement import PrivacyStatement, statement
+from stillroom_shared.statement import PrivacyStatement, rounds_of, statement
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,15 +115,16 @@ def _check_adapters(home: Path, plan: Plan, events: Sequence[Event], rows: Seque
             raise LedgerError(
                 f"{folder} has no statement that can be checked ({error.error_count()} errors)"
             ) from error
-        if stated.rounds > len(events):
+        paid = list(accumulate(map(rounds_of, events)))  # rounds that the first, second, ... charge pays for, in all
+        if stated.rounds and stated.rounds not in paid:
             raise LedgerError(
-                f"{folder} was published after {stated.rounds} charges, the ledger holds {len(events)} and ends with row "
-                f"{rows[-1].seq}: rows after it were cut off; restore the newest copy"
+                f"{folder} was published after {stated.rounds} charged rounds, the ledger holds {max(paid, default=0)} and "
+                f"ends with row {rows[-1].seq}: rows after it were cut off; restore the newest copy"
             )
-        recomputed = _statement(events[: stated.rounds], plan)
+        recomputed = _statement(events[: sum(own <= stated.rounds for own in paid)], plan)
         if (stated.unit, stated.delta) != (recomputed.unit, recomputed.delta) or _understated(stated, recomputed):
             raise LedgerError(
-                f"{folder} states {stated.against}, its {stated.rounds} charges cost {recomputed.against} at delta "
+                f"{folder} states {stated.against}, its {stated.rounds} rounds cost {recomputed.against} at delta "
                 f"{recomputed.delta}, {recomputed.unit} level: do not trust that adapter"
             )
     return len(folders)

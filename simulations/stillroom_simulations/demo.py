@@ -169,7 +169,7 @@ class DemoRun(RunContext):
                     device.add(own.passages, vectors[[row_of[passage.id] for passage in own.passages]])
                     device.record((q.text, next(iter(self.private.qrels[q.id]))) for q in own.training)
                     device.refresh_index()
-                    Consent(mechanisms=("central", "none")).save(device.home)
+                    Consent(mechanisms=("central", "correlated", "none")).save(device.home)
                 stage(done, len(self.population))
             with self._device(self.everything) as device:
                 device.add(self.private.passages, vectors)

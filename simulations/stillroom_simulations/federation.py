@@ -7,6 +7,7 @@ each device learns from is mined once from that device's own store, by the code 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -25,12 +26,14 @@ from stillroom_server.app import server_app
 from stillroom_server.coordinate import KEY_FILE, RoundReport
 from stillroom_server.plan import Plan
 from stillroom_shared.adapter import Adapter
+from stillroom_shared.correlated import calibrate_correlated
 from stillroom_shared.errors import StillroomError
 from stillroom_shared.mechanism import calibrate
-from stillroom_shared.protocol import TRAIN, RoundOrder, read_order
+from stillroom_shared.protocol import TRAIN, RoundOrder, Schedule, read_order
 from stillroom_shared.release import Release
 from stillroom_shared.settings import RoundsSettings
 from stillroom_shared.signing import SigningKey
+from stillroom_shared.toeplitz import best_coefficients
 from stillroom_simulations.engine import InProcessGrid, run_server_app
 
 RecordsByHome = Mapping[str, Sequence[Record]]
@@ -95,17 +98,11 @@ def make_plan(
 ) -> Plan:
     """The plan of a simulated federation: a rehearsal with seeded noise, calibrated where the settings give a target."""
     delta = settings.delta or 1 / (10 * len(enrolled))
+    turns = settings.mechanism == "correlated"
+    schedule = _schedule(settings.rounds, settings.separation) if turns else None
     noise = settings.noise_multiplier
     if settings.target_epsilon is not None and settings.clip_norm is not None:
-        noise = calibrate(
-            target_epsilon=settings.target_epsilon,
-            delta=delta,
-            rounds=settings.rounds,
-            clip_norm=settings.clip_norm,
-            sampling_rate=settings.sampling_rate,
-            devices=len(enrolled),
-            dimension=dimension,
-        ).noise_multiplier
+        noise = _least_noise(settings, schedule, delta=delta, devices=len(enrolled), dimension=dimension)
     private = settings.mechanism != "none"
     return Plan(
         federation=name,
@@ -113,7 +110,8 @@ def make_plan(
         enrolled=tuple(enrolled),
         mechanism=settings.mechanism,
         rounds=settings.rounds,
-        sampling_rate=settings.sampling_rate,
+        schedule=schedule,
+        sampling_rate=settings.sampling_rate if schedule is None else 1 / schedule.separation,
         clip_norm=settings.clip_norm if private else None,
         clip_quantile=settings.clip_quantile,
         noise_multiplier=noise if private else None,
@@ -130,6 +128,41 @@ def make_plan(
         rehearsal=True,
         seed=seed,
     )
+
+
+def _least_noise(
+    settings: RoundsSettings, schedule: Schedule | None, *, delta: float, devices: int, dimension: int
+) -> float:
+    """The noise multiplier that meets the target epsilon of the settings."""
+    assert settings.target_epsilon is not None
+    assert settings.clip_norm is not None
+    if schedule is None:
+        return calibrate(
+            target_epsilon=settings.target_epsilon,
+            delta=delta,
+            rounds=settings.rounds,
+            clip_norm=settings.clip_norm,
+            sampling_rate=settings.sampling_rate,
+            devices=devices,
+            dimension=dimension,
+        ).noise_multiplier
+    return calibrate_correlated(
+        target_epsilon=settings.target_epsilon,
+        delta=delta,
+        rounds=settings.rounds,
+        participations=schedule.participations,
+        separation=schedule.separation,
+        clip_norm=settings.clip_norm,
+        devices=devices,
+        dimension=dimension,
+    ).noise_multiplier
+
+
+def _schedule(rounds: int, separation: int) -> Schedule:
+    """Turns every `separation` rounds, with the coefficients that suit so many."""
+    participations = max(1, math.ceil(rounds / separation))
+    chosen = best_coefficients(max(1, min(separation, rounds)), max(1, rounds), participations, separation)
+    return Schedule(rounds=rounds, separation=separation, participations=participations, coefficients=chosen)
 
 
 def run_federation(

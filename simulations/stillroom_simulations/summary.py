@@ -153,9 +153,9 @@ def _private_rounds(run: DemoRun, coordinator: Coordinator) -> list[dict[str, An
         for entry in map(json.loads, (coordinator.home / "rounds.jsonl").read_text().splitlines())
     }
     events, plan = coordinator.ledger.events(), coordinator.plan
-    # Retries are charged too: a round's epsilon covers every charge up to its last attempt.
-    of_round = [purpose["round"] for purpose in coordinator.ledger.purposes()]
-    charged = {number: sum(own <= number for own in of_round) for number in range(len(coordinator.state.history) + 1)}
+    # Retries are charged too: a round's epsilon covers every charge up to its last attempt, and a whole run's charge.
+    of_charge = [purpose.get("round", 1) for purpose in coordinator.ledger.purposes()]
+    charged = {number: sum(own <= number for own in of_charge) for number in range(len(coordinator.state.history) + 1)}
     return [
         {
             "round": number,

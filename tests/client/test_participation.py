@@ -56,6 +56,30 @@ def test_an_attempt_is_never_answered_twice(tmp_path: Path) -> None:
     take_part(tmp_path, order(attempt=2))
 
 
+def turn(round_number: int, attempt: int = 1, **changes: object) -> RoundOrder:
+    schedule = {"rounds": 9, "separation": 3, "participations": 2, "coefficients": [1024, 512, 256]} | changes
+    return order(mechanism="correlated", schedule=schedule, round=round_number, attempt=attempt, sampling_rate=1 / 3)
+
+
+def test_turns_that_come_too_early_or_too_often_are_declined(tmp_path: Path) -> None:
+    """The noise covers devices that keep their distance; a server that asks more often spends what nobody charged."""
+    Consent(mechanisms=("correlated",)).save(tmp_path)
+    take_part(tmp_path, turn(1))
+    take_part(tmp_path, turn(1, attempt=2))
+    with pytest.raises(BudgetError, match="comes 2 rounds after round 1"):
+        take_part(tmp_path, turn(3))
+    with pytest.raises(BudgetError, match="limits of a run never change"):
+        take_part(tmp_path, turn(4, participations=3))
+    take_part(tmp_path, turn(4, attempt=2))
+    with pytest.raises(BudgetError, match="participation 3"):
+        take_part(tmp_path, turn(7))
+    with Ledger.open(tmp_path / LEDGER_FILE) as ledger:
+        events = ledger.events()
+    assert events == [turn(1).build_mechanism().participation_event()] * 3
+    with pytest.raises(ProtocolError, match="needs the schedule"):
+        take_part(tmp_path, order(mechanism="correlated"))
+
+
 def test_the_cap_holds(tmp_path: Path) -> None:
     """A cap that is checked after the fact is no cap."""
     Consent(participations=2).save(tmp_path)

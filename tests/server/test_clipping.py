@@ -27,13 +27,14 @@ def test_it_finds_the_quantile_of_the_norms_through_the_mechanism() -> None:
     directions = generator.normal(size=(devices, dimension))
     updates = (directions / np.linalg.norm(directions, axis=1, keepdims=True) * norms[:, None]).astype(np.float32)
     for first in (0.05, 20.0):
-        clip, shares = AdaptiveClip(first=first, quantile=0.5, rate=0.3), []
+        clip = AdaptiveClip(first=first, quantile=0.5, rate=0.3)
+        shares: list[float] = []
         for number in range(60):
             mechanism = Central(
                 clip_norm=clip.norm_after(shares), noise_multiplier=1.0, sampling_rate=1.0, devices=devices,
                 dimension=dimension, norm_bit=0.1,
             )  # fmt: skip
-            total = np.sum([mechanism.bound(update) for update in updates], axis=0, dtype=np.int64)
+            total = np.array([mechanism.bound(update) for update in updates], np.int64).sum(axis=0)
             released = mechanism.release(total, Randomness(seed=f"{first}/{number}")).unclipped
             assert released is not None
             shares.append(released)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -11,15 +12,16 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordD
 from flwr.clientapp import ClientApp
 
 from stillroom_server.app import HOME_KEY, server_app
-from stillroom_server.coordinate import KEY_FILE, LEDGER_FILE, Coordinator
+from stillroom_server.coordinate import KEY_FILE, LEDGER_FILE, Coordinator, RoundReport, _save_state
 from stillroom_server.plan import Plan
-from stillroom_shared.accounting import epsilon
+from stillroom_shared.accounting import CorrelatedGaussian, epsilon
 from stillroom_shared.errors import LedgerError, ProtocolError, SettingsError
 from stillroom_shared.ledger import Ledger
 from stillroom_shared.mechanism import RESOLUTION
-from stillroom_shared.protocol import enrolment_message, read_order, update_message
+from stillroom_shared.protocol import Schedule, enrolment_message, read_order, update_message
 from stillroom_shared.release import Release
 from stillroom_shared.signing import SigningKey
+from stillroom_shared.statement import OBSERVERS, READERS
 from stillroom_simulations.engine import InProcessGrid, run_server_app
 
 _HEADER = b"\x93NUMPY\x01\x00v\x00{'descr': '<i4', 'fortran_order': False, 'shape': (281474976710656,), }"
@@ -76,6 +78,26 @@ def run(home: Path, behaviours: dict[str, Behaviour]) -> np.ndarray:
     grid = InProcessGrid(client_app=app_of(behaviours), nodes=nodes, run_config={HOME_KEY: str(home)})
     run_server_app(server_app(), grid)
     with Coordinator(home) as coordinator:
+        return coordinator.state.iterate
+
+
+class Enough(Exception):
+    """Stops a run after some rounds."""
+
+
+def run_rounds(home: Path, behaviours: dict[str, Behaviour], *, rounds: int) -> np.ndarray:
+    """The iterate after the first rounds of a federation that is stopped there."""
+
+    def on_round(report: RoundReport) -> None:
+        if report.round == rounds:
+            raise Enough
+
+    nodes = {number: {"name": name} for number, name in enumerate(behaviours, start=2)}
+    grid = InProcessGrid(client_app=app_of(behaviours), nodes=nodes, run_config={HOME_KEY: str(home)})
+    with pytest.raises(Enough):
+        run_server_app(server_app(on_round), grid)
+    with Coordinator(home) as coordinator:
+        assert len(coordinator.state.history) == rounds
         return coordinator.state.iterate
 
 
@@ -245,6 +267,77 @@ def test_the_clip_norm_follows_the_norms(make_home: Callable[..., Path]) -> None
     with Coordinator(home) as coordinator:
         assert len(coordinator.unclipped) == 3
         assert all(event.dimension == coordinator.spec.size + 1 for event in coordinator.ledger.events())
+
+
+SCHEDULE = Schedule(rounds=5, separation=3, participations=2, coefficients=(1024, 512, 256))
+TURNS = {
+    "mechanism": "correlated", "rounds": 5, "sampling_rate": 1 / 3, "schedule": SCHEDULE, "noise_multiplier": 2.0,
+}  # fmt: skip
+
+
+def test_a_run_of_turns_is_charged_once_and_before_anybody_is_asked(make_home: Callable[..., Path]) -> None:
+    """Rows that share noise and are charged one by one cost more, or less, than they are worth."""
+    home, seen, asked = make_home(**TURNS), set(), []
+
+    def look(message: Message, context: Context) -> Message:
+        with Ledger.open(home / LEDGER_FILE) as ledger:
+            seen.add(len(ledger.events()))
+        asked.append((str(context.node_config["name"]), read_order(message.content)[0].round))
+        return honest(0.01)(message, context)
+
+    run(home, {f"d{i}": look for i in range(DEVICES)})
+    assert seen == {1}
+    with Coordinator(home) as coordinator:
+        (event,) = coordinator.ledger.events()
+        made = coordinator.statement()
+    assert isinstance(event, CorrelatedGaussian)
+    assert (made.rounds, made.sampling, made.participations, made.separation) == (5, "turns", 2, 3)
+    assert made.against[READERS] == made.against[OBSERVERS] == epsilon([event], 1e-4)
+    for name in {name for name, _ in asked}:
+        turns = sorted(number for own, number in asked if own == name)
+        assert len(turns) <= 2
+        assert all(later - earlier == 3 for earlier, later in pairwise(turns))
+    assert len({name for name, _ in asked}) == DEVICES
+
+
+def test_a_row_that_was_formed_before_a_crash_is_the_one_that_is_applied(
+    make_home: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forming it again with fresh noise would release two noisy versions of what was charged once."""
+    straight = run(make_home("straight", **TURNS), everybody())
+    home = make_home("crashed", **TURNS)
+    saved = 0
+
+    def save_twice(*arguments: object) -> None:
+        nonlocal saved
+        saved += 1
+        if saved == 3:
+            raise KeyboardInterrupt  # the third row is on disk, the checkpoint knows two
+        _save_state(*arguments)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patched:
+        patched.setattr("stillroom_server.coordinate._save_state", save_twice)
+        with pytest.raises(KeyboardInterrupt):
+            run(home, everybody())
+    liars = {f"d{i}": honest(1e3) for i in range(DEVICES)}
+    third = run_rounds(make_home("three", **TURNS), everybody(), rounds=3)
+    np.testing.assert_allclose(run_rounds(home, liars, rounds=3), third, rtol=1e-12)
+    np.testing.assert_allclose(run(home, everybody()), straight, rtol=1e-12)
+    with Coordinator(home) as coordinator:
+        assert len(coordinator.ledger.events()) == 1
+
+
+def test_a_plan_of_turns_that_the_noise_does_not_cover_is_refused(make_home: Callable[..., Path]) -> None:
+    """One turn more than the sensitivity was computed for."""
+    few = SCHEDULE.model_copy(update={"participations": 1})
+    with pytest.raises(ValueError, match="participation 2"):
+        make_home(**(TURNS | {"schedule": few}))
+    with pytest.raises(ValueError, match=r"sampling rate 0\.5"):
+        make_home(**(TURNS | {"sampling_rate": 0.5}))
+    with pytest.raises(ValueError, match="do not go together"):
+        make_home(**(TURNS | {"mechanism": "central"}))
+    with pytest.raises(ValueError, match="clip_quantile"):
+        make_home(**(TURNS | {"clip_quantile": 0.5}))
 
 
 def test_two_nodes_with_one_name_count_once(make_home: Callable[..., Path]) -> None:

@@ -188,3 +188,12 @@ def test_event_carries_what_was_done() -> None:
     """An event that forgets sampling or scale is accounted as something else."""
     event = central().event()
     assert event == SampledGaussian(noise_multiplier=2.0, sampling_rate=0.5, sigma=2 * RESOLUTION, dimension=DIMENSION)
+
+
+def test_sampling_does_not_count_for_a_device() -> None:
+    """The coordinator knows who took part."""
+    event = central().participation_event()
+    assert event.sampling_rate == 1.0
+    assert event.noise_multiplier == central().noise_multiplier
+    baseline = NoPrivacy(sampling_rate=0.5, devices=100, dimension=DIMENSION)
+    assert baseline.participation_event() == Unprotected(dimension=DIMENSION)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from stillroom_shared.accounting import Event, SampledGaussian, Unprotected
 from stillroom_shared.errors import ProtocolError
-from stillroom_shared.receipts import Attempt, Receipt, Signer, issue, lost, read_receipt, unamplified
+from stillroom_shared.receipts import Attempt, Receipt, Signer, issue, lost, read_receipt
 from stillroom_shared.signing import SigningKey
 
 STEP = SampledGaussian(noise_multiplier=2.0, sampling_rate=1.0, sigma=2**29, dimension=10)
@@ -126,10 +126,3 @@ def test_keys_of_two_federations_have_nothing_in_common_and_come_back() -> None:
     keys = [device.derive("receipts", *names).public for names in (("f", "k"), ("g", "k"), ("f", "l"), ("fk", ""))]
     assert len({device.public, *keys}) == 5
     assert device.derive("receipts", "f", "k").public == keys[0]
-
-
-def test_sampling_does_not_count_for_a_device() -> None:
-    """The coordinator knows who took part."""
-    sampled = SampledGaussian(noise_multiplier=2.0, sampling_rate=0.1, sigma=2**29, dimension=10)
-    assert unamplified(sampled) == STEP
-    assert unamplified(Unprotected(dimension=3)) == Unprotected(dimension=3)

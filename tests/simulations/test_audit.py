@@ -147,7 +147,7 @@ def test_a_published_adapter_states_what_the_ledger_holds(federation: Path, sign
         ({"against": {}}, "states"),
         ({"delta": 1e-2}, "states"),
         ({"rounds": 2}, None),
-        ({"rounds": 5}, "published after 5 charges"),
+        ({"rounds": 5}, "published after 5 charged rounds"),
     ],
 )
 def test_an_adapter_that_claims_less_than_its_events_cost_fails(

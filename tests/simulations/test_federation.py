@@ -9,13 +9,16 @@ import pytest
 
 from stillroom_client.app import HOME_KEY, client_app
 from stillroom_client.device import Device
+from stillroom_client.participation import LEDGER_FILE, Consent
 from stillroom_client.training import Trainer
 from stillroom_server.app import HOME_KEY as COORDINATOR_HOME
 from stillroom_server.app import server_app
 from stillroom_server.coordinate import KEY_FILE, Coordinator
 from stillroom_server.plan import Plan
+from stillroom_shared.accounting import epsilon
 from stillroom_shared.corpus import Passage
 from stillroom_shared.errors import StillroomError
+from stillroom_shared.ledger import Ledger
 from stillroom_shared.release import Release
 from stillroom_shared.settings import RoundsSettings
 from stillroom_shared.signing import SigningKey
@@ -70,6 +73,37 @@ def test_batched_federation_equals_devices_that_train_alone(
         noise_only = np.linalg.norm(batched.state.history[0])
         assert noise_only > 0
         assert batched.statement() == alone.statement()
+
+
+def test_turns_run_through_the_same_apps_and_the_devices_ledgers_agree(
+    tmp_path: Path, tiny_release: Release, signing_key: SigningKey
+) -> None:
+    """Correlated noise that only the coordinator knows of: devices would charge themselves for something else."""
+    turns = RoundsSettings(
+        mechanism="correlated",
+        rounds=4,
+        separation=2,
+        noise_multiplier=None,
+        target_epsilon=3.0,
+        delta=1e-3,
+        candidates=3,
+    )
+    homes = settle(tmp_path / "devices", tiny_release)
+    for home in homes:
+        Consent(mechanisms=("correlated",)).save(home)
+    records = mine_population(homes, tiny_release, candidates=3, threads=1)
+    updates = BatchedUpdates(Trainer(tiny_release.folder, tiny_release.adapter_spec), records)
+    run_federation(tmp_path / "f", plan_for(tiny_release, turns), homes, updates, operator=signing_key, block=3)
+    with Coordinator(tmp_path / "f") as coordinator:
+        made = coordinator.statement()
+    assert made.mechanism == "correlated"
+    assert 2.9 < made.epsilon_pld <= 3.0
+    assert "take turns" in made.paragraph()
+    for home in homes:
+        with Ledger.open(home / LEDGER_FILE) as ledger:
+            own = ledger.events()
+        assert len(own) == 2
+        assert made.epsilon_pld * 0.999 < epsilon(own, 1e-3) < made.epsilon_pld * 1.5, "rows that are cut off cost less"
 
 
 def test_a_device_that_sends_zero_stops_the_simulation(
