@@ -47,7 +47,7 @@ format: $(STAMP) ## put the code into the house format
 docs: $(STAMP) ## write again the pages that are generated from the code
 	@$(BIN)/python -m stillroom_shared.settings > $(VENV)/settings.md
 	@mv $(VENV)/settings.md docs/settings.md
-	@$(BIN)/python -m stillroom_simulations.figures README.md docs/index.md
+	@$(BIN)/python -m stillroom_simulations.figures README.md docs/figures.md
 
 clean: ## remove everything that make created: .venv, runs, caches of the tools
 	@rm -rf $(VENV) runs build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

@@ -123,8 +123,12 @@ class Plan(BaseModel):
 
     @property
     def content_hash(self) -> str:
-        """SHA-256 of the plan, for the ledger's genesis row."""
-        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+        """SHA-256 of the plan, for the ledger's genesis row.
+
+        Fields at their defaults are left out, so that a ledger outlives versions that add one; `plan.json` names all of them,
+        so a default that changes is noticed.
+        """
+        return hashlib.sha256(self.model_dump_json(exclude_defaults=True).encode()).hexdigest()
 
     @property
     def budget(self) -> Budget | None:

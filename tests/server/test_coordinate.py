@@ -370,6 +370,19 @@ def test_a_plan_is_not_changed_under_a_running_federation(make_home: Callable[..
         Plan.load(home).model_copy(update={"noise_multiplier": 0.1}).save(home)
 
 
+def test_a_ledger_outlives_a_version_that_adds_a_field(make_home: Callable[..., Path]) -> None:
+    """Every upgrade would lock operators out of their own ledgers."""
+
+    class LaterPlan(Plan):
+        added: int | None = None
+
+    plan = Plan.load(make_home())
+    later = LaterPlan.model_validate(plan.model_dump())
+    assert later.content_hash == plan.content_hash
+    assert later.model_copy(update={"added": 1}).content_hash != plan.content_hash
+    assert plan.model_copy(update={"norm_bit": 0.2}).content_hash != plan.content_hash
+
+
 def test_a_ledger_that_knows_less_than_the_checkpoint_is_refused(make_home: Callable[..., Path]) -> None:
     """Removing the ledger, or restoring an old copy, would start the spend again below the adapter that was released."""
     home = make_home(rounds=2)
