@@ -34,8 +34,8 @@ class DistilSettings(Group):
 
     teacher: str = Field("offline", min_length=1, description="`offline` (packaged MiniLM), a name or a folder")
     layers: tuple[int, ...] = Field((0, 2, 5), min_length=1, description="teacher layers that the student starts from")
-    epochs: float = Field(1.0, gt=0, le=100, description="passes over the public pairs")
-    learning_rate: float = Field(1e-3, gt=0, lt=1, description="peak learning rate")
+    epochs: float = Field(3.0, gt=0, le=100, description="passes over the public pairs")
+    learning_rate: float = Field(5e-4, gt=0, lt=1, description="peak learning rate")
     sentences: int = Field(4_000, ge=0, description="sentences cropped from public passages, as further texts to align")
     batch_size: int = Field(64, ge=1, le=8192, description="texts in a step")
     ranking_weight: float = Field(0.3, ge=0, description="weight of the ranking loss beside the alignment loss")
@@ -149,6 +149,7 @@ SCALES: Mapping[str, Mapping[str, object]] = {
     "small": {},
     "full": {
         "distil.epochs": 2.0,
+        "distil.learning_rate": 1e-3,
         "distil.sentences": 60_000,
         "population.distractors_median": 200,
         "rounds.rounds": 20,
