@@ -37,7 +37,7 @@ from numpy.typing import NDArray
 from stillroom_shared.accounting import SampledGaussian, smallest_noise_multiplier
 from stillroom_shared.errors import BudgetError
 from stillroom_shared.ledger import Ledger
-from stillroom_shared.mechanism import RESOLUTION, Total, Update, clip_to_grid
+from stillroom_shared.mechanism import RESOLUTION, Total, Update, clip_to_grid, require_clip_and_noise
 from stillroom_shared.noise import discrete_gaussian
 from stillroom_shared.randomness import Randomness
 
@@ -73,12 +73,7 @@ class Local:
     unit: Literal["query"] = "query"
 
     def __post_init__(self) -> None:
-        if not 1e-12 <= self.clip_norm <= 1e12:
-            raise BudgetError(
-                f"clip norm {self.clip_norm} bounds nothing: choose a number from 1e-12 to 1e12, e.g. 0.3"
-            )
-        if not 0 < self.noise_multiplier < math.inf:
-            raise BudgetError(f"noise multiplier {self.noise_multiplier} gives no protection: choose a value above 0")
+        require_clip_and_noise(self.clip_norm, self.noise_multiplier)
         if self.steps < 1 or not 1 <= self.records <= _MOST_RECORDS:
             raise BudgetError(
                 f"{self.steps} steps over at most {self.records} records: choose at least one of each, and at most "

@@ -134,12 +134,7 @@ class Central:
     unit: Literal["user"] = "user"
 
     def __post_init__(self) -> None:
-        if not 1e-12 <= self.clip_norm <= 1e12:
-            raise BudgetError(
-                f"clip norm {self.clip_norm} bounds nothing: choose a number from 1e-12 to 1e12, e.g. 0.3"
-            )
-        if not 0 < self.noise_multiplier < math.inf:
-            raise BudgetError(f"noise multiplier {self.noise_multiplier} gives no protection: choose a value above 0")
+        require_clip_and_noise(self.clip_norm, self.noise_multiplier)
         if self.devices < 1 or self.dimension < 1:
             raise BudgetError(f"{self.devices} devices and {self.dimension} values: both must be at least 1")
         if not 0 <= self.norm_bit <= 1:
@@ -283,6 +278,14 @@ def calibrate(
         devices=devices,
         dimension=dimension,
     )
+
+
+def require_clip_and_noise(clip_norm: float, noise_multiplier: float) -> None:
+    """Raise `BudgetError` unless the clip norm bounds something and the noise is some."""
+    if not 1e-12 <= clip_norm <= 1e12:
+        raise BudgetError(f"clip norm {clip_norm} bounds nothing: choose a number from 1e-12 to 1e12, e.g. 0.3")
+    if not 0 < noise_multiplier < math.inf:
+        raise BudgetError(f"noise multiplier {noise_multiplier} gives no protection: choose a value above 0")
 
 
 def clip_to_grid(values: NDArray[np.float32], clip_norm: float, dimension: int) -> Update:
