@@ -74,7 +74,7 @@ def budget_tables(report: BudgetReport) -> list[Table | str]:
     released = report.released
     sums.add_row(
         READERS,
-        "all rounds, sampled" if report.released_rounds is None else f"all {report.released_rounds:,} rounds, sampled",
+        "all rounds" if report.released_rounds is None else f"all {report.released_rounds:,} rounds",
         Text(released if isinstance(released, str) else _guarantee(released.epsilon, released.delta)),
         "the operator's",
     )
