@@ -137,8 +137,9 @@ def take_part(home: Path, order: RoundOrder) -> None:
             )
 
     with open_ledger(home) as ledger:
-        _require_replayed(ledger.rows(), order.federation)
-        before = answered(ledger.rows(), order.federation)
+        rows = ledger.rows()
+        _require_replayed(rows, order.federation)
+        before = answered(rows, order.federation)
         if attempt in before:
             raise BudgetError(f"{purpose} was answered already: an attempt is never answered twice")
         if any(earlier > attempt for earlier in before):

@@ -150,7 +150,8 @@ class Coordinator:
             total = self._ask(grid, nodes, cohort, order, mechanism)
             released = mechanism.release(total, self._randomness("noise", order))
         self.state = self.plan.optimizer.step(self.state, released.update)
-        self.unclipped = (*self.unclipped, *([] if released.unclipped is None else [released.unclipped]))
+        if released.unclipped is not None:
+            self.unclipped += (released.unclipped,)
         _save_state(self.home / _STATE_FILE, self.state, self.unclipped)
         return float(np.linalg.norm(released.update))
 

@@ -114,6 +114,10 @@ class CorrelatedGaussian:
         """Total variation distance to the mechanism that is accounted for."""
         return rounding_distance(self.sigma, self.rounds * self.dimension)
 
+    def without_sampling(self) -> CorrelatedGaussian:
+        """The same: nothing is sampled."""
+        return self
+
 
 @dataclass(frozen=True, kw_only=True)
 class Unprotected:

@@ -41,7 +41,7 @@ from numpy.typing import NDArray
 
 from stillroom_shared.accounting import CorrelatedGaussian, smallest_noise_multiplier
 from stillroom_shared.errors import BudgetError, ProtocolError
-from stillroom_shared.mechanism import RESOLUTION, Central, Total, Update
+from stillroom_shared.mechanism import RESOLUTION, Central, Total, Update, clip_to_grid
 from stillroom_shared.noise import discrete_gaussian
 from stillroom_shared.randomness import Randomness
 from stillroom_shared.toeplitz import (
@@ -148,7 +148,7 @@ class Correlated:
 
     def bound(self, delta: NDArray[np.float32]) -> Update:
         """Device side: as `Central.bound`."""
-        return self._clipping.bound(delta)
+        return clip_to_grid(delta, self.clip_norm, self.dimension)
 
     def admit(self, update: NDArray[np.integer]) -> bool:
         """Server side: as `Central.admit`."""

@@ -62,9 +62,8 @@ class SigningKey:
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
-            os.link(
-                partial, path
-            )  # whole or absent, and never over another key: a torn one could not be used or replaced
+            # Whole or absent, and never over another key: a torn one could not be used or replaced.
+            os.link(partial, path)
         except FileExistsError:
             raise ReleaseError(f"{path} exists: load that key, or choose another file for the new one") from None
         finally:

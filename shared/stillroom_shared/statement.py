@@ -14,7 +14,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from stillroom_shared.accounting import AccountantName, CorrelatedGaussian, Event, SampledGaussian, Unprotected, epsilon
+from stillroom_shared.accounting import AccountantName, CorrelatedGaussian, Event, Unprotected, epsilon
 from stillroom_shared.mechanism import MechanismName
 
 READERS = "readers of releases"
@@ -112,6 +112,7 @@ def statement(
 ) -> PrivacyStatement:
     """The statement for all events charged so far, released or not; `mechanism` decides where there are none yet.
 
+    >>> from stillroom_shared.accounting import SampledGaussian
     >>> step = SampledGaussian(noise_multiplier=2.0, sampling_rate=0.5, sigma=2**29, dimension=9_216)
     >>> made = statement([step] * 20, delta=1e-4, devices=1_000, sampling_rate=0.5, clip_norm=0.3, rehearsal=False)
     >>> sorted((adversary, value and round(value, 2)) for adversary, value in made.against.items())
@@ -126,7 +127,7 @@ def statement(
         return found if math.isfinite(found) else None
 
     readers: dict[str, float | None] = {"PLD": cost(events), "RDP": cost(events, "RDP")}
-    unamplified = [event.without_sampling() if isinstance(event, SampledGaussian) else event for event in gaussians]
+    unamplified = [event.without_sampling() for event in gaussians]
     return PrivacyStatement(
         unit="user" if protected else "none",
         mechanism=mechanism if protected else "none",
