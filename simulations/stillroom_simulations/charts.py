@@ -1,7 +1,7 @@
 """Charts as hand-written SVG: quality by stage, and quality over rounds with the privacy they cost.
 
 Each chart is a function from `Results` and a width to one `<svg>`. Colours are left to CSS classes: the report gives
-them for light and for dark, and so does `quality_chart_svg`, on a ground of its own. Values are labelled directly: no
+them for light and for dark, and so does `svg.standalone`, on a ground of its own. Values are labelled directly: no
 legend, and no meaning by colour alone. Axes of dots and lines need not begin at 0; their ticks say where they do.
 
 | class | is |
@@ -14,14 +14,13 @@ legend, and no meaning by colour alone. Axes of dots and lines need not begin at
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from html import escape
+from collections.abc import Mapping, Sequence
 
+from stillroom_simulations import svg
 from stillroom_simulations.results import OwnIndexQuality, Results, Stage
+from stillroom_simulations.svg import Scale
 
 WIDE, NARROW = 720, 340
-_SVG = "http://www.w3.org/2000/svg"
 STAGE_NAMES: dict[Stage, str] = {
     "teacher": "Teacher",
     "student": "Student",
@@ -29,62 +28,12 @@ STAGE_NAMES: dict[Stage, str] = {
     "federated_nonprivate": "After non-private rounds",
     "device": "On the device, int8",
 }
-# A picture in a README may stand on a page whose theme is not the reader's system's: it brings its own ground.
-_STANDALONE_STYLE = """
-:root{--paper:#fff;--ink:#1f1e1b;--soft:#625e56;--rule:#ddd7cb;--faint:#8f897d;--hero:#00695f}
-@media(prefers-color-scheme:dark){:root{--paper:#0d1117;--ink:#eae7e0;--soft:#aaa59b;--rule:#34363b;--faint:#7b776f;
---hero:#5ecfbc}}
-text{font:13px system-ui,-apple-system,"Segoe UI",Roboto,sans-serif;font-variant-numeric:tabular-nums}
-.paper{fill:var(--paper)}.ink{fill:var(--ink)}.soft{fill:var(--soft)}.bold{font-weight:600}.small{font-size:11.5px}
-.end{text-anchor:end}.mid{text-anchor:middle}.hero-text{fill:var(--hero)}.rule{stroke:var(--rule)}
-.reference{stroke:var(--faint);stroke-dasharray:2 3}.mark{stroke:var(--faint);fill:var(--faint)}
-.hero{stroke:var(--hero);fill:var(--hero)}.whisker{stroke-width:1.75}
-"""
-_MARGIN = 24
-
-
-@dataclass(frozen=True)
-class Scale:
-    """A linear axis from `low` to `high`, drawn from pixel `start` to pixel `end`.
-
-    >>> Scale.around([0.471, 0.506], 0, 100).ticks
-    (0.47, 0.48, 0.49, 0.5, 0.51)
-    """
-
-    low: float
-    high: float
-    step: float
-    start: float
-    end: float
-
-    @classmethod
-    def around(cls, values: Iterable[float], start: float, end: float, *, ticks: int = 5) -> Scale:
-        """The smallest axis with round ticks that holds all values."""
-        found = list(values)
-        low, high = min(found), max(found)
-        step = round_step((high - low) or 0.1, ticks)
-        floor = math.floor(low / step + 1e-9) * step
-        return cls(floor, max(math.ceil(high / step - 1e-9) * step, floor + step), step, start, end)
-
-    def __call__(self, value: float) -> float:
-        """Where a value lies, in pixels."""
-        return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
-
-    @property
-    def ticks(self) -> tuple[float, ...]:
-        """Round values from one end to the other."""
-        count = round((self.high - self.low) / self.step)
-        return tuple(round(self.low + i * self.step, 10) for i in range(count + 1))
-
-    def label(self, value: float) -> str:
-        """A tick with as many decimals as the step needs."""
-        return f"{value:.{max(0, -math.floor(math.log10(self.step) + 1e-9))}f}"
 
 
 def quality_chart(results: Results, *, width: int = WIDE) -> str:
     """nDCG@10 of every stage with 95% intervals: over the whole private corpus, and over each own index."""
     words, body, height = _dot_panels(results, width)
-    return _svg((0, 0, width, height - 14), words, body)
+    return svg.drawing((0, 0, width, height - 14), words, body)
 
 
 def quality_chart_svg(results: Results) -> str:
@@ -92,10 +41,7 @@ def quality_chart_svg(results: Results) -> str:
     words, body, height = _dot_panels(results, WIDE)
     origin = results.corpus
     note = f"nDCG@10, 95% intervals. {origin.name} {origin.hash[:12]}, {results.scale} scale, seed {results.seed}"
-    box = (-_MARGIN, -_MARGIN + 4, WIDE + 2 * _MARGIN, height + 2 * _MARGIN)
-    ground = f'<rect x="{box[0]}" y="{box[1]}" width="{box[2]}" height="{box[3]:.0f}" rx="8" class="paper"/>'
-    note_line = _text(0, height + 4, note, "soft small")
-    return _svg(box, words, f"<style>{_STANDALONE_STYLE}</style>{ground}{body}{note_line}")
+    return svg.standalone(WIDE, height, words, body + svg.text(0, height + 4, note, "soft small"))
 
 
 def rounds_chart(results: Results, *, width: int = WIDE) -> str:
@@ -111,12 +57,12 @@ def rounds_chart(results: Results, *, width: int = WIDE) -> str:
 
     body = ""
     for tick in y.ticks:
-        body += _line(left, y(tick), right, y(tick), "rule")
-        body += _text(left - 6, y(tick) + 4, y.label(tick), "soft small end")
-    body += "".join(_line(left, y(level), right, y(level), "reference") for level in levels.values())
-    body += _path([(x(n), y(q)) for n, q in baseline], "mark line thin")
-    body += _path([(x(n), y(q)) for n, q in private], "hero line")
-    body += "".join(_dot(x(n), y(q), 2.6, "hero") for n, q in private)
+        body += svg.line(left, y(tick), right, y(tick), "rule")
+        body += svg.text(left - 6, y(tick) + 4, y.label(tick), "soft small end")
+    body += "".join(svg.line(left, y(level), right, y(level), "reference") for level in levels.values())
+    body += svg.path([(x(n), y(q)) for n, q in baseline], "mark line thin")
+    body += svg.path([(x(n), y(q)) for n, q in private], "hero line")
+    body += "".join(svg.dot(x(n), y(q), 2.6, "hero") for n, q in private)
     ends = [(name, level, "soft") for name, level in levels.items()]
     ends += [("Without privacy", baseline[-1][1], "ink")] if baseline else []
     ends += [("Private", private[-1][1], "hero-text bold")] if private else []
@@ -125,7 +71,7 @@ def rounds_chart(results: Results, *, width: int = WIDE) -> str:
         x, {r.round: r.epsilon for r in results.rounds} or dict.fromkeys(n for n, _ in baseline), bottom
     )
     words = f"nDCG@10 over {results.privacy.rounds} rounds. " + ", ".join(f"{name} {q:.3f}" for name, q, _ in ends)
-    return _svg((0, 0, width, bottom + 48), words, body)
+    return svg.drawing((0, 0, width, bottom + 48), words, body)
 
 
 def _round_axis(x: Scale, spent: Mapping[int, float | None], bottom: float, gap: float = 40) -> str:
@@ -137,16 +83,16 @@ def _round_axis(x: Scale, spent: Mapping[int, float | None], bottom: float, gap:
     body = ""
     for number in reversed(kept):
         cost = spent[number]
-        body += _line(x(number), bottom, x(number), bottom + 4, "rule")
-        body += _text(x(number), bottom + 20, str(number), "soft small mid")
+        body += svg.line(x(number), bottom, x(number), bottom + 4, "rule")
+        body += svg.text(x(number), bottom + 20, str(number), "soft small mid")
         body += (
-            _text(x(number), bottom + 38, f"{math.ceil(cost * 10) / 10:.1f}", "hero-text small mid")
+            svg.text(x(number), bottom + 38, f"{math.ceil(cost * 10) / 10:.1f}", "hero-text small mid")
             if cost is not None
             else ""
         )
-    body += _text(x.end + 18, bottom + 20, "round", "soft small")
+    body += svg.text(x.end + 18, bottom + 20, "round", "soft small")
     if any(cost is not None for cost in spent.values()):
-        body += _text(x.end + 18, bottom + 38, "epsilon", "hero-text small")
+        body += svg.text(x.end + 18, bottom + 38, "epsilon", "hero-text small")
     return body
 
 
@@ -170,7 +116,7 @@ def _dot_panel(title: str, stages: Mapping[Stage, OwnIndexQuality], width: int, 
     ends = {stage: quality.intervals.get("ndcg_at_10", (quality.ndcg_at_10,) * 2) for stage, quality in stages.items()}
     shown = [value for pair in ends.values() for value in pair] + [quality.ndcg_at_10 for quality in stages.values()]
     x = Scale.around(shown, left, right)
-    body = _text(0, top + 14, title, "ink bold")
+    body = svg.text(0, top + 14, title, "ink bold")
     for number, (stage, quality) in enumerate(stages.items()):
         line = top + 44 + row * number
         y = line + lift
@@ -178,16 +124,16 @@ def _dot_panel(title: str, stages: Mapping[Stage, OwnIndexQuality], width: int, 
         low, high = ends[stage]
         if "teacher" in stages:
             level = x(stages["teacher"].ndcg_at_10)
-            body += _line(level, y - reach, level, y + reach, "reference")
-        body += _text(0, line + 4, STAGE_NAMES[stage], words)
-        body += _text(width - 108, line + 4, f"{quality.ndcg_at_10:.3f}", f"{words} end")
-        body += _text(width, line + 4, f"{low:.3f} to {high:.3f}", "soft small end")
-        body += _line(x(low), y, x(high), y, f"{css} whisker") + _dot(x(quality.ndcg_at_10), y, 4.5, css)
+            body += svg.line(level, y - reach, level, y + reach, "reference")
+        body += svg.text(0, line + 4, STAGE_NAMES[stage], words)
+        body += svg.text(width - 108, line + 4, f"{quality.ndcg_at_10:.3f}", f"{words} end")
+        body += svg.text(width, line + 4, f"{low:.3f} to {high:.3f}", "soft small end")
+        body += svg.line(x(low), y, x(high), y, f"{css} whisker") + svg.dot(x(quality.ndcg_at_10), y, 4.5, css)
     floor = top + 44 + row * (len(stages) - 1) + lift + 14
-    body += _line(left, floor, right, floor, "rule")
+    body += svg.line(left, floor, right, floor, "rule")
     for tick in x.ticks:
-        body += _line(x(tick), floor, x(tick), floor + 4, "rule")
-        body += _text(x(tick), floor + 17, x.label(tick), "soft small mid")
+        body += svg.line(x(tick), floor, x(tick), floor + 4, "rule")
+        body += svg.text(x(tick), floor + 17, x.label(tick), "soft small mid")
     return body, floor + 42
 
 
@@ -199,33 +145,4 @@ def _end_labels(labels: Sequence[tuple[str, float, str]], x: float, bottom: floa
         places.append(max(y, places[-1] + gap) if places else y)
     for i in reversed(range(len(places))):
         places[i] = min(places[i], bottom - gap * (len(places) - 1 - i))
-    return "".join(_text(x, y + 4, name, f"{css} small") for y, (name, _, css) in zip(places, ordered, strict=True))
-
-
-def round_step(span: float, ticks: int) -> float:
-    """The smallest of 1, 2, 5, 10, 20, 50, ... (and tenths of these) that divides a span into at most `ticks`."""
-    rough = span / ticks
-    power = 10.0 ** math.floor(math.log10(rough))
-    return power * next(factor for factor in (1, 2, 5, 10) if rough <= factor * power * (1 + 1e-9))
-
-
-def _svg(box: tuple[float, float, float, float], words: str, body: str) -> str:
-    size = f'viewBox="{" ".join(f"{number:.0f}" for number in box)}" width="{box[2]:.0f}" height="{box[3]:.0f}"'
-    return f'<svg xmlns="{_SVG}" {size} role="img" aria-label="{escape(words)}" class="chart">{body}</svg>'
-
-
-def _dot(x: float, y: float, radius: float, css: str) -> str:
-    return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius}" class="{css}"/>'
-
-
-def _text(x: float, y: float, words: str, css: str) -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" class="{css}">{escape(words)}</text>'
-
-
-def _line(x1: float, y1: float, x2: float, y2: float, css: str) -> str:
-    return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" class="{css}"/>'
-
-
-def _path(points: Sequence[tuple[float, float]], css: str) -> str:
-    steps = " ".join(f"{'L' if i else 'M'}{x:.1f} {y:.1f}" for i, (x, y) in enumerate(points))
-    return f'<path d="{steps}" class="{css}"/>' if points else ""
+    return "".join(svg.text(x, y + 4, name, f"{css} small") for y, (name, _, css) in zip(places, ordered, strict=True))

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from tests.references.results import sample_results
 
-from stillroom_simulations.charts import NARROW, Scale, quality_chart, quality_chart_svg, rounds_chart
+from stillroom_simulations.charts import NARROW, quality_chart, quality_chart_svg, rounds_chart
 from stillroom_simulations.epsilon_context import check_epsilon_context
 from stillroom_simulations.report import render_report
 from stillroom_simulations.results import STAGES, Results
+from stillroom_simulations.svg import Scale
 
 
 def circles(svg: str) -> list[tuple[float, float, str]]:
