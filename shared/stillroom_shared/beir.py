@@ -1,7 +1,7 @@
 """A corpus from a folder in BEIR layout (Thakur et al. 2021, arXiv 2104.08663).
 
     FOLDER/corpus.jsonl     {"_id": str, "text": str, "title"?: str, "metadata"?: {"owner"?: str}}
-    FOLDER/queries.jsonl    {"_id": str, "text": str, "metadata"?: {"owner"?: str}}
+    FOLDER/queries.jsonl    {"_id": str, "text": str, "metadata"?: {"owner"?: str, "topic"?: str}}
     FOLDER/qrels/SPLIT.tsv  query-id <tab> corpus-id <tab> integer score; SPLIT is train, dev or test
 
 Each file may be gzipped (`.gz`), but not be there twice. A malformed one raises `DataError` with file, line and field.
@@ -9,6 +9,7 @@ Each file may be gzipped (`.gz`), but not be there twice. A malformed one raises
 | case | what happens |
 |---|---|
 | no `metadata.owner` | the owner is named after the folder |
+| no `metadata.topic`, but `metadata.focus` | that is the topic (so MedQuAD calls it) |
 | no header in a qrels file | accepted; a header must be `query-id corpus-id score` |
 | a score of 0 or below | kept: judged, and not relevant |
 | a judgement repeated | accepted when the scores agree, refused when they do not |
@@ -65,13 +66,13 @@ def load_beir(
 
     name = folder.resolve().name
     passages = {passage.id: passage for passage in reader.passages(corpus_file, name)}
-    texts = {r.id: (r.owner or name, r.question()) for r in reader.records(queries_file)}
+    texts = {r.id: (r.owner or name, r.question(), r.topic) for r in reader.records(queries_file)}
     known = {"query-id": (queries_file, set(texts)), "corpus-id": (corpus_file, set(passages))}
     qrels, published = _judged(reader, qrels_files, known)
     pooled = splits == "three-way" and len(qrels_files) < len(SPLITS)
     queries = tuple(
-        Query(key, owner, text, split_of(text) if pooled else published[key])
-        for key, (owner, text) in texts.items()
+        Query(key, owner, text, split_of(text) if pooled else published[key], topic)
+        for key, (owner, text, topic) in texts.items()
         if key in qrels
     )
     return Corpus(
@@ -144,15 +145,23 @@ class _Record:
 
     @property
     def owner(self) -> str:
-        """`metadata.owner`, or "" when there is none."""
+        """`metadata.owner`, which is not empty, or "" when there is none."""
+        described = self._metadata
+        return "" if described.fields.get("owner") is None else described._non_empty("owner", "metadata.owner")
+
+    @property
+    def topic(self) -> str:
+        """`metadata.topic`, or `metadata.focus`, or "" when there is neither."""
+        described = self._metadata
+        return described.optional_text("topic", "metadata.topic") or described.optional_text("focus", "metadata.focus")
+
+    @property
+    def _metadata(self) -> _Record:
+        """What describes it; nothing when that is missing or null."""
         metadata = self.fields.get("metadata")
-        if metadata is None:
-            return ""
-        if not isinstance(metadata, dict):
+        if not isinstance(metadata, dict | None):
             self.place.refuse("metadata", f"must be an object, not {_shown(metadata)}")
-        if metadata.get("owner") is None:
-            return ""
-        return _Record(self.place, metadata)._non_empty("owner", "metadata.owner")
+        return _Record(self.place, metadata or {})
 
     def text(self, field: str, shown_as: str | None = None) -> str:
         named = shown_as or field
@@ -167,9 +176,9 @@ class _Record:
             self.place.refuse(named, f"has half a surrogate pair at character {error.start}; write the whole character")
         return value
 
-    def optional_text(self, field: str) -> str:
+    def optional_text(self, field: str, shown_as: str | None = None) -> str:
         """A string that may be missing or null: then it is empty."""
-        return "" if self.fields.get(field) is None else self.text(field)
+        return "" if self.fields.get(field) is None else self.text(field, shown_as)
 
     def question(self) -> str:
         """The text of a query, which must have something to search for."""

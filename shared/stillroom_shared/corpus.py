@@ -40,12 +40,13 @@ class Passage:
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """A question somebody asks, in exactly one split."""
+    """A question somebody asks, in exactly one split. Questions of one `topic` are asked by the same person; "": unknown."""
 
     id: str
     owner: str
     text: str
     split: Split
+    topic: str = ""
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,8 @@ class Corpus:
             digest.update(_line(passage.id, passage.owner, passage.title, passage.text))
         for query in sorted(self.queries, key=lambda q: q.id):
             relevant = sorted(self.qrels.get(query.id, {}).items())
-            digest.update(_line(query.id, query.owner, query.text, query.split, relevant))
+            topic = [query.topic] if query.topic else []
+            digest.update(_line(query.id, query.owner, query.text, query.split, relevant, *topic))
         return digest.hexdigest()
 
     def queries_in(self, split: Split) -> tuple[Query, ...]:

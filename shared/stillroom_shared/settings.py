@@ -27,6 +27,15 @@ class CorpusSettings(Group):
     scale: Literal["small", "full"] = Field("small", description="how much text, and the values that suit it")
     data: HomePath | None = Field(None, description="a BEIR-layout folder in place of the docstrings of this machine")
     public_owners: tuple[str, ...] = Field((), description="owners whose text is public; needed with `data` only")
+    start_from: HomePath | None = Field(
+        None, description="folder of an earlier run whose release is improved on `data`; nothing is distilled"
+    )
+
+    @model_validator(mode="after")
+    def _starts_with_data(self) -> Self:
+        if self.start_from is not None and self.data is None:
+            raise ValueError(f"start_from {self.start_from}: give `data` too, on which its release is to be improved")
+        return self
 
 
 class DistilSettings(Group):
@@ -49,6 +58,7 @@ class PopulationSettings(Group):
     queries_per_device: int = Field(10, ge=1, description="training queries of a device, all of one owner")
     distractors_median: int = Field(100, ge=0, description="median of passages beside the relevant ones")
     distractors_max: int = Field(2_000, ge=0, description="most passages beside the relevant ones")
+    silos: bool = Field(False, description="every owner is one device, with all its passages")
 
 
 class AdapterSettings(Group):

@@ -14,6 +14,7 @@ interrupted (see `workspace`). The folder afterwards:
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +36,7 @@ from stillroom_simulations.federation import BatchedUpdates, make_plan, run_fede
 from stillroom_simulations.memory import keep_freed_memory
 from stillroom_simulations.report import write_report
 from stillroom_simulations.results import Results
-from stillroom_simulations.run_context import FederationName, RunContext
+from stillroom_simulations.run_context import RunContext
 from stillroom_simulations.summary import summarize
 from stillroom_simulations.workspace import key_of
 
@@ -116,15 +117,18 @@ class DemoRun(RunContext):
         """Compute every teacher vector once, into the cache."""
 
         def work() -> None:
-            public_lessons(self.public, self.vectors, self.settings.distil, progress=stage)
+            if self.origin is None:
+                public_lessons(self.public, self.vectors, self.settings.distil, progress=stage)
             _ = self.passage_vectors
 
         return self.space.stage("teacher", self.key("teacher"), [], work)
 
     def distil(self, stage: Stage) -> bool:
-        """Train the query tower on public text."""
+        """Train the query tower on public text, unless the run starts from a release."""
 
         def work() -> None:
+            if self.origin is not None:
+                return
             lessons = public_lessons(self.public, self.vectors, self.settings.distil)
             student = distil(self.teacher, lessons, self.settings.distil, autocast=self.autocast, progress=stage)
             tower_of(student).save_pretrained(self.out / "student")
@@ -132,9 +136,12 @@ class DemoRun(RunContext):
         return self.space.stage("distil", self.key("distil"), ["student"], work)
 
     def publish(self, stage: Stage) -> bool:
-        """Export, quantize and sign the release."""
+        """Export, quantize and sign the release; or take over that of an earlier run."""
 
         def work() -> None:
+            if self.origin is not None:
+                shutil.copytree(self.origin.folder, self.out / "release")
+                return
             spec = AdapterSpec(
                 rank=self.settings.adapter.rank,
                 layers=tuple(range(len(self.settings.distil.layers))),
@@ -177,9 +184,9 @@ class DemoRun(RunContext):
 
         return self.space.stage("devices", self.key("devices"), ["devices", "everything"], work)
 
-    def federate(self, name: FederationName, rounds: RoundsSettings, stage: Stage) -> bool:
+    def federate(self, name: str, rounds: RoundsSettings, stage: Stage) -> bool:
         """Run one federation's rounds; an interrupted one resumes from its checkpoint."""
-        home = self.out / "federation" / name
+        key, home = self.federation_key(name, rounds), self.out / "federation" / name
 
         def on_round(report: RoundReport) -> None:
             with (home / "rounds.jsonl").open("a") as file:
@@ -190,7 +197,7 @@ class DemoRun(RunContext):
             plan = make_plan(
                 rounds,
                 # Devices never answer an attempt twice: another plan over the same homes is another federation.
-                name=f"demo-{name}-{self.key(name)[:8]}",
+                name=f"demo-{name}-{key[:8]}",
                 release_folder=Path("../../release"),
                 enrolled=[device.name for device in self.population],
                 dimension=self.release.adapter_spec.size,
@@ -212,7 +219,7 @@ class DemoRun(RunContext):
                     with Device.open(self.homes[device.name], release=self.release) as opened:
                         opened.adopt(published)
 
-        return self.space.stage(name, self.key(name), [f"federation/{name}"], work)
+        return self.space.stage(name, key, [f"federation/{name}"], work)
 
     def evaluate(self, stage: Stage) -> bool:
         """Measure every stage on the test queries; write `results.json`."""

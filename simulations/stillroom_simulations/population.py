@@ -1,13 +1,15 @@
 """A simulated population: who owns which queries and passages (DESIGN section 8).
 
 A device is about ten training queries of one owner with their passages, the held-out queries that fall to it with theirs,
-and distractor passages of the same owner. Which passages a device owns, and the order of everything, comes from one seed.
+and distractor passages of the same owner. Queries of one topic stay together, whatever their split: one person asks them.
+Which passages a device owns, and the order of everything, comes from one seed.
 Devices may own copies of the same passage, as people do; no device reads another's store.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,7 +33,7 @@ def make_population(corpus: Corpus, settings: PopulationSettings, *, seed: int) 
     """Divide the private corpus among devices; every query and every judged passage belongs to at least one.
 
     The number of passages is log-normal around the median, so that a few devices own many. An owner with fewer training
-    queries than one device needs becomes one device.
+    queries than one device needs becomes one device. With `silos`, every owner is one device that owns all its passages.
     """
     generator = np.random.default_rng(np.random.SeedSequence([seed, 0x9E3779B9]))
     devices: list[SimulatedDevice] = []
@@ -46,17 +48,18 @@ def _devices_of(
 ) -> list[SimulatedDevice]:
     training = _shuffled(corpus.queries_in("train"), generator)
     held_out = _shuffled((*corpus.queries_in("dev"), *corpus.queries_in("test")), generator)
-    count = max(1, math.floor(len(training) / settings.queries_per_device))
+    count = 1 if settings.silos else max(1, math.floor(len(training) / settings.queries_per_device))
+    topics = sorted({query.topic for query in (*training, *held_out) if query.topic})
+    place_of = {topics[drawn]: place % count for place, drawn in enumerate(generator.permutation(len(topics)))}
     by_id = {passage.id: passage for passage in corpus.passages}
     devices = []
     for number in range(count):
-        own, later = tuple(training[number::count]), tuple(held_out[number::count])
+        own, later = _dealt_to(number, count, training, place_of), _dealt_to(number, count, held_out, place_of)
         kept = {pid for query in (*own, *later) for pid in corpus.qrels[query.id]}
         others = sorted(by_id.keys() - kept)
-        wanted = settings.distractors_median * math.exp(generator.normal(0.0, 1.0))
-        drawn = generator.choice(
-            len(others), size=min(len(others), settings.distractors_max, round(wanted)), replace=False
-        )
+        wanted = len(others) if settings.silos else settings.distractors_median * math.exp(generator.normal(0.0, 1.0))
+        most = len(others) if settings.silos else settings.distractors_max
+        drawn = generator.choice(len(others), size=min(len(others), most, round(wanted)), replace=False)
         kept |= {others[i] for i in drawn}
         devices.append(
             SimulatedDevice(
@@ -68,6 +71,12 @@ def _devices_of(
             )
         )
     return devices
+
+
+def _dealt_to(number: int, count: int, queries: Sequence[Query], place_of: Mapping[str, int]) -> tuple[Query, ...]:
+    """What one of `count` devices gets of the queries: those of its topics, and its turn of those without one."""
+    places = (place_of.get(query.topic, position % count) for position, query in enumerate(queries))
+    return tuple(query for query, place in zip(queries, places, strict=True) if place == number)
 
 
 def _shuffled(queries: tuple[Query, ...], generator: np.random.Generator) -> list[Query]:

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import resource
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,14 +23,14 @@ from stillroom_server.coordinate import Coordinator
 from stillroom_server.teacher import TeacherVectors, load_teacher
 from stillroom_shared.corpus import Corpus
 from stillroom_shared.release import Release, open_release
-from stillroom_shared.settings import Settings
+from stillroom_shared.settings import RoundsSettings, Settings
 from stillroom_shared.signing import SigningKey
 from stillroom_simulations.federation import mine_population
 from stillroom_simulations.population import SimulatedDevice, make_population
 from stillroom_simulations.sources import load_corpus
 from stillroom_simulations.workspace import Workspace, key_of
 
-FederationName = Literal["private", "nonprivate"]
+_OPERATOR_KEY = "operator.key"
 _ENCODED_AT_ONCE = 128
 
 
@@ -90,8 +89,10 @@ class RunContext:
 
     @cached_property
     def operator(self) -> SigningKey:
-        """The operator's key, made on first use."""
-        path = self.out / "operator.key"
+        """The operator's key, made on first use; that of the earlier run where this one starts from a release."""
+        if self.origin is not None:
+            return SigningKey.load(self.origin.folder.parent / _OPERATOR_KEY)
+        path = self.out / _OPERATOR_KEY
         if not path.exists():
             SigningKey.generate().save(path)
         return SigningKey.load(path)
@@ -149,7 +150,7 @@ class RunContext:
             )
         return known[candidates]
 
-    def coordinator(self, name: FederationName) -> Coordinator:
+    def coordinator(self, name: str) -> Coordinator:
         """A finished federation, for reading."""
         return Coordinator(self.out / "federation" / name)
 
@@ -158,22 +159,41 @@ class RunContext:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
 
+    @cached_property
+    def origin(self) -> Release | None:
+        """The release of an earlier run that this one starts from, if it does."""
+        folder = self.settings.corpus.start_from
+        return None if folder is None else open_release(folder / "release", trusted_key=None)
+
     def key(self, name: str) -> str:
         """Hash of everything a stage's result depends on; later stages include earlier ones."""
+        if name in self.federations:
+            return self.federation_key(name, self.federations[name])
+        if name == "evaluate":
+            rounds = [(each, self.federation_key(each, own)) for each, own in self.federations.items()]
+            return key_of(self._chain("devices"), rounds)
+        return key_of(self._chain(name))
+
+    @property
+    def federations(self) -> dict[str, RoundsSettings]:
+        """The federations of every run, by name."""
+        return {"private": self.settings.rounds, "nonprivate": self.settings.nonprivate}
+
+    def federation_key(self, name: str, rounds: RoundsSettings) -> str:
+        """The same for the rounds of one federation over the devices of this run."""
+        return key_of([*self._chain("devices"), (name, rounds.model_dump(mode="json"))])
+
+    def _chain(self, upto: str) -> list[tuple[str, object]]:
+        """What each stage up to the named one adds to what its result depends on."""
         settings = self.settings
-        chain: Sequence[tuple[str, object]] = (
+        distilled = settings.distil.model_dump(mode="json") if self.origin is None else self.origin.id
+        chain: list[tuple[str, object]] = [
             ("teacher", (self.corpus_hash, settings.distil.teacher, settings.distil.sentences, settings.distil.seed)),
-            ("distil", settings.distil.model_dump(mode="json")),
+            ("distil", distilled),
             ("release", settings.adapter.model_dump(mode="json")),
             ("devices", (settings.population.model_dump(mode="json"), settings.seed)),
-            ("private", settings.rounds.model_dump(mode="json")),
-            ("nonprivate", settings.nonprivate.model_dump(mode="json")),
-            ("evaluate", None),
-        )
-        order = [stage for stage, _ in chain]
-        upto = order.index(name) + 1
-        included = [part for part in chain[:upto] if not (name == "nonprivate" and part[0] == "private")]
-        return key_of(included)
+        ]
+        return chain[: 1 + [stage for stage, _ in chain].index(upto)]
 
     def _load_corpus(self, progress: Callable[[int, int], None]) -> tuple[Corpus, Corpus]:
         speed = self.settings.speed

@@ -23,9 +23,14 @@ Progress = Callable[[int, int], None]
 def load_corpus(
     settings: CorpusSettings, *, cache: Path, workers: int, progress: Progress = lambda done, total: None
 ) -> tuple[Corpus, Corpus]:
-    """The public and the private corpus. Docstrings are read from the cache while no package has changed."""
+    """The public and the private corpus. Docstrings are read from the cache while no package has changed.
+
+    A run that starts from another's release distils nothing, so its public side may be empty.
+    """
     if settings.data is not None:
         corpus = load_beir(settings.data, progress=progress)
+        if settings.start_from is not None and not settings.public_owners:
+            return corpus.restrict(lambda owner: False), corpus
         if not settings.public_owners:
             raise SettingsError(
                 f"corpus.public_owners is empty: say which owners of {settings.data} are public text for distillation, "

@@ -67,6 +67,19 @@ def test_content(folder: Path) -> None:
     assert corpus.notes == ("1 of 4 queries have no judgement and were left out",)
 
 
+def test_topics_are_read_and_change_the_content_hash(folder: Path) -> None:
+    """Devices are made of topics: another grouping of the same text is another experiment."""
+    plain = load_beir(folder)
+    described = [{}, {"topic": "spirits"}, {"focus": "law"}, {"focus": "", "topic": None}]
+    queries = [query | {"metadata": metadata} for query, metadata in zip(QUERIES, described, strict=True)]
+    (folder / "queries.jsonl").write_text(lines(queries))
+    (folder / "qrels" / "dev.tsv").write_text(HEADER + "q3\tp1\t1\n")
+    corpus = load_beir(folder)
+    assert [query.topic for query in corpus.queries] == ["", "spirits", "law", ""]
+    (folder / "queries.jsonl").write_text(lines([query | {"metadata": {}} for query in QUERIES]))
+    assert len({plain.content_hash, corpus.content_hash, load_beir(folder).content_hash}) == 3
+
+
 def test_gzip_byte_order_mark_and_line_ends_change_nothing(folder: Path) -> None:
     """The same data in another wrapping must have the same content hash, or figures would not compare."""
     expected = load_beir(folder)
@@ -144,6 +157,10 @@ MALFORMED: dict[str, tuple[Callable[[Path], object], str]] = {
     "no text": (replace("corpus.jsonl", 2, '{"_id": "p2"}'), r"corpus\.jsonl, line 2, field 'text': is missing"),
     "null text": (replace("corpus.jsonl", 2, '{"_id": "p2", "text": null}'), r"field 'text': .*NoneType null"),
     "list title": (replace("corpus.jsonl", 2, '{"_id": "p2", "text": "", "title": []}'), r"field 'title': .*list"),
+    "topic": (
+        replace("queries.jsonl", 2, '{"_id": "q2", "text": "how", "metadata": {"topic": 3}}'),
+        r"queries\.jsonl, line 2, field 'metadata\.topic': must be a string, not int 3",
+    ),
     "metadata": (replace("corpus.jsonl", 2, '{"_id": "p2", "text": "", "metadata": "x"}'), r"field 'metadata'"),
     "owner": (
         replace("corpus.jsonl", 2, '{"_id": "p2", "text": "", "metadata": {"owner": 3}}'),

@@ -59,3 +59,42 @@ def test_an_owner_with_few_queries_is_one_device() -> None:
     devices = [device for device in make_population(toy_corpus(), SETTINGS, seed=0) if device.owner == "hut"]
     assert len(devices) == 1
     assert len(devices[0].training) == 2
+
+
+def topical_corpus() -> Corpus:
+    """Two owners, topics of one to four queries over all splits, and a few queries without a topic."""
+    passages, queries, qrels = [], [], {}
+    splits: tuple[Split, ...] = ("train", "test", "train", "dev")
+    for owner in ("clinic", "library"):
+        for number in range(120):
+            key = f"{owner}-{number}"
+            topic = f"illness {number // (1 + number % 4)}" if number % 7 else ""
+            passages.append(Passage(key, owner, f"text {key}"))
+            queries.append(Query(f"q:{key}", owner, f"query {key}", splits[number % 4], topic))
+            qrels[f"q:{key}"] = {key: 1}
+    return Corpus("topical", tuple(passages), tuple(queries), qrels)
+
+
+def test_queries_of_a_topic_stay_with_one_device() -> None:
+    """Held-out questions about an illness asked by somebody else would measure another population."""
+    corpus = topical_corpus()
+    devices = make_population(corpus, SETTINGS, seed=3)
+    homes: dict[tuple[str, str], set[str]] = {}
+    for device in devices:
+        for query in (*device.training, *device.held_out):
+            if query.topic:
+                homes.setdefault((query.owner, query.topic), set()).add(device.name)
+    assert len(devices) > 10
+    assert all(len(names) == 1 for names in homes.values())
+    dealt = Counter(query.id for device in devices for query in (*device.training, *device.held_out))
+    assert dealt == Counter(query.id for query in corpus.queries)
+
+
+def test_a_silo_is_all_that_an_owner_has() -> None:
+    """A hospital searches all its documents."""
+    corpus = topical_corpus()
+    silos = make_population(corpus, SETTINGS.model_copy(update={"silos": True}), seed=3)
+    assert [silo.owner for silo in silos] == list(corpus.owners)
+    for silo in silos:
+        assert {p.id for p in silo.passages} == {p.id for p in corpus.passages if p.owner == silo.owner}
+        assert len(silo.training) == sum(q.owner == silo.owner and q.split == "train" for q in corpus.queries)

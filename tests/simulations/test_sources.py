@@ -45,3 +45,5 @@ def test_a_folder_needs_public_owners(tmp_path: Path) -> None:
     (tmp_path / "qrels" / "train.tsv").write_text("".join(f"q{i}\tp{i}\t1\n" for i in range(8)))
     with pytest.raises(SettingsError, match=r"public_owners is empty.*its owners are a, b"):
         load_corpus(CorpusSettings(data=tmp_path), cache=tmp_path, workers=1)
+    public, private = load_corpus(CorpusSettings(data=tmp_path, start_from=tmp_path), cache=tmp_path, workers=1)
+    assert (len(public.passages), len(private.passages)) == (0, 8)
