@@ -1,4 +1,4 @@
-"""Microseconds a sample of the discrete Gaussian and of its slow twin, interleaved: `python -m benchmarks.noise`."""
+"""Microseconds a sample of the discrete Gaussian and of its slow twin, interleaved: `PYTHONPATH=. python benchmarks/noise.py`."""
 
 from __future__ import annotations
 
