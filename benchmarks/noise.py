@@ -1,4 +1,7 @@
-"""Microseconds a sample of the discrete Gaussian and of its slow twin, interleaved: `PYTHONPATH=. python benchmarks/noise.py`."""
+"""Microseconds a sample of the discrete Gaussian and of its slow twin, interleaved.
+
+Run `PYTHONPATH=. python benchmarks/noise.py`.
+"""
 
 from __future__ import annotations
 

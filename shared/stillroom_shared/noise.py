@@ -86,7 +86,7 @@ def _trials(sigma: int, width: int, trials: int, randomness: Randomness) -> NDAr
     if np.any(high[keep] >> (63 - width)):
         raise OverflowError(f"a sample at sigma {sigma} passes 64 bits")
     magnitude = (high[keep] << width) + low[keep].astype(np.int64)
-    return np.where(negative[keep], -magnitude, magnitude)
+    return np.asarray(np.where(negative[keep], -magnitude, magnitude), np.int64)
 
 
 def _zeros_before_the_first_one(coins: NDArray[np.uint64], randomness: Randomness) -> NDArray[np.int64]:

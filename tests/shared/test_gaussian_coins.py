@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from decimal import Decimal, localcontext
 
@@ -37,7 +36,7 @@ def scaled(high: int, magnitude: int, sigma: int, bits: int) -> int:
     """floor(2^(bits + high) exp(-magnitude^2 / (2 sigma^2))), by the decimal module, which rounds correctly."""
     with localcontext() as context:
         context.prec = 300
-        return math.floor((-Decimal(magnitude**2) / Decimal(2 * sigma**2)).exp() * 2 ** (bits + high))
+        return int((-Decimal(magnitude**2) / Decimal(2 * sigma**2)).exp() * 2 ** (bits + high))
 
 
 def points(sigma: int) -> list[tuple[int, int]]:
