@@ -9,7 +9,6 @@ the file as missed.
 from __future__ import annotations
 
 import json
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,11 +18,12 @@ from numpy.typing import NDArray
 
 from stillroom_client.encoder import Encoder
 from stillroom_shared.settings import Settings
+from stillroom_simulations.benchmark_file import commit, figure
 from stillroom_simulations.central import CentralWork, fine_tune_centrally
 from stillroom_simulations.demo import DemoRun, run_demo
 from stillroom_simulations.intervals import Interval, interval_of_mean, interval_of_ratio
 from stillroom_simulations.measure import Trial
-from stillroom_simulations.results import Ratio, Results
+from stillroom_simulations.results import Results
 from stillroom_simulations.summary import GOALS
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def benchmark(by_seed: Sequence[Scores], results: Sequence[Results], seeds: Sequ
     generator = np.random.default_rng(0)
     figures: dict[str, Any] = {}
     for name, scores in stacked.items():
-        figures[f"{name}.ndcg_at_10"] = _figure(interval_of_mean(scores, generator=generator), "nDCG@10")
+        figures[f"{name}.ndcg_at_10"] = figure(interval_of_mean(scores, generator=generator), "nDCG@10")
     student, central = stacked["student"], stacked["central"]
     goals: dict[str, tuple[Interval, str]] = {
         "student_to_teacher": (
@@ -79,12 +79,12 @@ def benchmark(by_seed: Sequence[Scores], results: Sequence[Results], seeds: Sequ
         ),
     }
     for name, (interval, goal) in goals.items():
-        figures[name] = _figure(interval, "nDCG@10" if name == "device_loss" else "ratio", goal)
+        figures[name] = figure(interval, "nDCG@10" if name == "device_loss" else "ratio", goal)
     privacy = results[0].privacy
     return {
         "name": "demo",
         "command": f"stillroom bench demo --seeds {','.join(map(str, seeds))} --scale {results[0].scale}",
-        "commit": _commit(),
+        "commit": commit(),
         "machine": results[0].machine,
         "versions": results[0].versions,
         "corpus": results[0].corpus.model_dump(mode="json"),
@@ -108,15 +108,3 @@ def _central_scores(run: DemoRun, console: Console) -> NDArray[np.float64]:
         trial = Trial(run.private, queries, run.passage_vectors, run.population)
         np.save(path, trial.whole(encoder.encode_queries([query.text for query in queries])).ndcg_at_10)
     return np.asarray(np.load(path, allow_pickle=False), np.float64)
-
-
-def _figure(interval: Interval, unit: str, goal: str | None = None) -> dict[str, Any]:
-    figure: dict[str, Any] = {"value": interval.value, "interval": list(interval.ends), "unit": unit}
-    if goal is not None:
-        figure |= {"goal": goal, "holds": Ratio.judge(interval, goal).holds}
-    return figure
-
-
-def _commit() -> str:
-    asked = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return asked.stdout.strip() or "unknown"

@@ -66,7 +66,7 @@ def rounds_chart(results: Results, *, width: int = WIDE) -> str:
     ends = [(name, level, "soft") for name, level in levels.items()]
     ends += [("Without privacy", baseline[-1][1], "ink")] if baseline else []
     ends += [("Private", private[-1][1], "hero-text bold")] if private else []
-    body += _end_labels([(name, y(level), css) for name, level, css in ends], right + 8, bottom)
+    body += spread([(name, y(level), css) for name, level, css in ends], right + 8, bottom)
     body += _round_axis(
         x, {r.round: r.epsilon for r in results.rounds} or dict.fromkeys(n for n, _ in baseline), bottom
     )
@@ -137,7 +137,7 @@ def _dot_panel(title: str, stages: Mapping[Stage, OwnIndexQuality], width: int, 
     return body, floor + 42
 
 
-def _end_labels(labels: Sequence[tuple[str, float, str]], x: float, bottom: float, gap: float = 15) -> str:
+def spread(labels: Sequence[tuple[str, float, str]], x: float, bottom: float, gap: float = 15) -> str:
     """Labels at the right end of lines, pushed apart where they would overlap and kept above the axis."""
     ordered = sorted(labels, key=lambda label: label[1])
     places: list[float] = []

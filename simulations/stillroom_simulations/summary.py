@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
-import platform
 import time
 from pathlib import Path
 from statistics import median
@@ -22,6 +20,7 @@ from stillroom_shared.accounting import epsilon
 from stillroom_shared.adapter import Adapter
 from stillroom_shared.progress import Stage
 from stillroom_shared.statement import READERS
+from stillroom_simulations.benchmark_file import machine, versions
 from stillroom_simulations.evaluate import Scores, quality
 from stillroom_simulations.intervals import interval_of_mean, interval_of_ratio
 from stillroom_simulations.measure import Trial
@@ -33,16 +32,6 @@ if TYPE_CHECKING:
 Vectors = NDArray[np.float32]
 _CURVE_POINTS = 12
 _LATENCY_QUERIES = 300
-_VERSIONS = (
-    "stillroom",
-    "flwr",
-    "torch",
-    "sentence-transformers",
-    "transformers",
-    "onnxruntime",
-    "faiss-cpu",
-    "dp-accounting",
-)
 GOALS = {
     "student_to_teacher": ">= 0.96",
     "federated_to_teacher": ">= 0.995",
@@ -81,8 +70,8 @@ def summarize(run: DemoRun, stage: Stage) -> None:
             "corpus": _corpus(run),
             "seed": run.settings.seed,
             "scale": run.settings.corpus.scale if run.settings.corpus.data is None else "data",
-            "versions": {name: importlib.metadata.version(name) for name in _VERSIONS if _installed(name)},
-            "machine": _machine(run.settings.speed.threads),
+            "versions": versions(),
+            "machine": machine(run.settings.speed.threads),
             **{name: quality(*pair, generator=generator) for name, pair in scores.items()},
             "ratios": ratios({name: pair[0] for name, pair in scores.items()}, generator),
             "privacy": _privacy(private),
@@ -274,21 +263,3 @@ def _examples(trial: Trial, vectors: dict[str, Vectors], student: Scores, federa
 def _save_arrays(path: Path, **arrays: NDArray[Any]) -> None:
     with path.open("wb") as file:
         np.savez_compressed(file, allow_pickle=False, **arrays)
-
-
-def _installed(name: str) -> bool:
-    try:
-        importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
-
-
-def _machine(threads: int) -> str:
-    model = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
-    except OSError:
-        pass
-    return f"{model}, {threads} threads, {platform.system()}, Python {platform.python_version()}"

@@ -1,0 +1,61 @@
+"""What every benchmark file holds beside its figures, and how a figure is written (DESIGN section 9)."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from stillroom_simulations.intervals import Interval
+from stillroom_simulations.results import Ratio
+
+_VERSIONS = (
+    "stillroom",
+    "flwr",
+    "torch",
+    "sentence-transformers",
+    "transformers",
+    "onnxruntime",
+    "faiss-cpu",
+    "dp-accounting",
+)
+
+
+def figure(interval: Interval, unit: str, goal: str | None = None) -> dict[str, Any]:
+    """A figure with its interval; where there is a goal, whether the whole interval holds it."""
+    made: dict[str, Any] = {"value": interval.value, "interval": list(interval.ends), "unit": unit}
+    if goal is not None:
+        made |= {"goal": goal, "holds": Ratio.judge(interval, goal).holds}
+    return made
+
+
+def commit() -> str:
+    """The commit of the working directory, "unknown" outside of a checkout."""
+    asked = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return asked.stdout.strip() or "unknown"
+
+
+def versions() -> dict[str, str]:
+    """The versions of the packages that figures depend on."""
+    return {name: importlib.metadata.version(name) for name in _VERSIONS if _installed(name)}
+
+
+def machine(threads: int) -> str:
+    """Processor, threads, system and Python."""
+    model = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
+    except OSError:
+        pass
+    return f"{model}, {threads} threads, {platform.system()}, Python {platform.python_version()}"
+
+
+def _installed(name: str) -> bool:
+    try:
+        importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
