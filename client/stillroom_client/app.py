@@ -2,6 +2,8 @@
 
 The node configuration holds `device-home`. A device answers with a bounded vector of fixed length and nothing else; when it
 declines, has nothing to learn from, or fails, that vector is zero, so that silence tells nothing (DESIGN section 4, rule 2).
+Under `local`, where the coordinator is an adversary, it is noise: what a device without records answers. No record is read
+for it, so it costs nothing, and who declined cannot be told from who had nothing to say.
 
 Flower's deployment engine starts a process for every message, so what only training needs is imported when it trains.
 """
@@ -21,9 +23,14 @@ from numpy.typing import NDArray
 from stillroom_client.participation import take_part
 from stillroom_shared.adapter import Adapter, AdapterSpec
 from stillroom_shared.errors import ProtocolError
+from stillroom_shared.local_mechanism import noise_alone
+from stillroom_shared.local_rounds import LocalRounds
+from stillroom_shared.mechanism import Mechanism, Update
 from stillroom_shared.protocol import RoundOrder, enrolment_message, read_order, update_message
+from stillroom_shared.randomness import Randomness
 
 if TYPE_CHECKING:
+    from stillroom_client.private_training import PrivateTrainer
     from stillroom_client.training import LocalWork, Trainer
 
 HOME_KEY = "device-home"
@@ -63,9 +70,22 @@ class OwnUpdates:
         from stillroom_client.encoder import Encoder
         from stillroom_client.records import mine_records
 
+        mechanism = order.build_mechanism()
         with Device.open(home) as device:
-            records = mine_records(device, Encoder(device.release), candidates=order.candidates)
-            return _trainer(device.release.folder, adapter.spec).update(adapter, records, local_work(order))
+            encoder, folder = Encoder(device.release), device.release.folder
+            if not isinstance(mechanism, LocalRounds):
+                records = mine_records(device, encoder, candidates=order.candidates)
+                return _trainer(folder, adapter.spec).update(adapter, records, local_work(order))
+            most = mechanism.training.records
+            records = mine_records(device, encoder, candidates=order.candidates, one_per_query=True, most=most)
+        return _private_trainer(folder, adapter.spec).update(
+            adapter,
+            records,
+            mechanism.training,
+            learning_rate=order.learning_rate,
+            temperature=order.temperature,
+            randomness=Randomness(),
+        )
 
 
 def client_app(source: UpdateSource | None = None) -> ClientApp:
@@ -97,11 +117,19 @@ def client_app(source: UpdateSource | None = None) -> ClientApp:
             take_part(home, order)
             answer = mechanism.bound(updates.update(home, order, adapter))
         except Exception:  # whatever went wrong stays here: an error report would be a release nobody accounted for
-            _log.exception("round %d: this device sends a zero update", order.round)
-            answer = np.zeros(mechanism.length, np.int32)
+            _log.exception("round %d: this device answers as one that has nothing", order.round)
+            answer = nothing(mechanism, order)
         return Message(update_message(answer), reply_to=message)
 
     return app
+
+
+def nothing(mechanism: Mechanism, order: RoundOrder) -> Update:
+    """What a device answers that declines, fails or has no records: zero, or under `local` fresh noise."""
+    if isinstance(mechanism, LocalRounds):
+        change = noise_alone(mechanism.training, learning_rate=order.learning_rate, randomness=Randomness())
+        return mechanism.bound(change)
+    return np.zeros(mechanism.length, np.int32)
 
 
 def local_work(order: RoundOrder) -> LocalWork:
@@ -123,6 +151,13 @@ def _trainer(folder: Path, spec: AdapterSpec) -> Trainer:
     from stillroom_client.training import Trainer
 
     return Trainer(folder, spec)
+
+
+@lru_cache(maxsize=1)
+def _private_trainer(folder: Path, spec: AdapterSpec) -> PrivateTrainer:
+    from stillroom_client.private_training import PrivateTrainer
+
+    return PrivateTrainer(folder, spec)
 
 
 app = client_app()

@@ -130,7 +130,7 @@ def take_part(home: Path, order: RoundOrder) -> None:
         if purpose in joined:
             raise BudgetError(f"{purpose} was answered already: an attempt is never answered twice")
         if turn is not None:
-            require_turn(turn, joined)
+            require_turn(turn, joined, every_attempt=order.mechanism == "local")
         if len(joined) >= consent.participations:
             raise BudgetError(
                 f"participation {len(joined) + 1} is over the cap of {consent.participations} in {home / CONSENT_FILE}"

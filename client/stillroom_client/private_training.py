@@ -1,8 +1,9 @@
 """Local work under `local`: query-level DP-SGD on the device's records (see `stillroom_shared.local_mechanism`).
 
-Opacus (Yousefpour et al. 2021, arXiv 2109.12298) computes the gradient of each record; clipping to the integer grid, coins
-and noise are the mechanism's. Opacus' own would not do: `make_private` takes sampling rate and denominator from the size of
-the private data, and its noise and sums are of floating-point numbers (arXiv 2207.10635).
+Opacus (Yousefpour et al. 2021, arXiv 2109.12298) computes the gradient of each record; the steps, with coins, clipping to the
+integer grid, sums and noise, are `stillroom_shared.local_mechanism.descend`. Opacus' own would not do: `make_private` takes
+sampling rate and denominator from the size of the private data, its optimizer adds floating-point noise to a floating-point
+sum (arXiv 2207.10635).
 
 Guarantees:
     - Each forward pass holds one record. Rows of one pass share its padding and the blocking of its matrix products, so
@@ -12,29 +13,33 @@ Guarantees:
     - Every pass is checked: Opacus saw one row for each record, in every trained parameter, once. Otherwise `PrivacyError`
       names the culprit and nothing has left the device.
     - Only the adapter is trained, dropout is off, the module is in train mode (otherwise Opacus catches no activations).
+    - A record on which the tower fails counts as zero, alone: a device that gave up because of one record would withdraw all
+      the others with it, which is more than one query's worth of a difference.
 
-None of these refusals depends on the records.
+None of the refusals depends on the records.
 """
 
 from __future__ import annotations
 
+import logging
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from opacus.grad_sample import GradSampleModule, register_grad_sampler
-from opacus.optimizers import DPOptimizer
 from torch import Tensor, nn
 
 from stillroom_client.training import Record, load_tower, query_vectors, record_losses
 from stillroom_shared.adapter import Adapter, AdapterSpec
-from stillroom_shared.errors import PrivacyError, ProtocolError
-from stillroom_shared.local_mechanism import Local
+from stillroom_shared.errors import PrivacyError, ProtocolError, StillroomError
+from stillroom_shared.local_mechanism import Local, descend
 from stillroom_shared.lowrank import LowRankLinear, attach, set_adapter
 from stillroom_shared.randomness import Randomness
+
+_log = logging.getLogger(__name__)
 
 
 class PrivateTrainer:
@@ -70,28 +75,47 @@ class PrivateTrainer:
     ) -> NDArray[np.float32]:
         """The change of the flat adapter values, (size,), after all steps: private already, whatever happens to it.
 
-        The round must have been charged to the device's ledger (`stillroom_shared.local_mechanism.charge`). Without
-        records the update is noise.
+        The round must be in the device's ledger (`stillroom_client.participation.take_part`). Without records the update is
+        noise.
 
         Raises:
             PrivacyError: Opacus does not see one row for each record, or more than the adapter would be trained.
             ProtocolError: mechanism and adapter differ in dimension.
         """
-        set_adapter(self._wrapped, adapter)
-        optimizer = IntegerOptimizer(self.parameters, mechanism, learning_rate=learning_rate, randomness=randomness)
-        own = records[-mechanism.records :]
-        for _ in range(mechanism.steps):
-            coins = mechanism.sample(randomness)
-            chosen = [record for record, taken in zip(own, coins, strict=False) if taken]
-            self.accumulate(optimizer, chosen, temperature)
-            optimizer.step()
-        return self._values() - adapter.values
+        if mechanism.dimension != self.spec.size:
+            raise ProtocolError(
+                f"the mechanism is for {mechanism.dimension} values, the adapter has {self.spec.size}: build it from "
+                "the adapter"
+            )
+        require_per_record(self.tower, self.parameters)
 
-    def accumulate(self, optimizer: IntegerOptimizer, records: Sequence[Record], temperature: float) -> None:
-        """Add the bounded gradient of each record to the optimizer's sum, one pass for each."""
+        def gradients(
+            values: NDArray[np.float32], chosen: Sequence[Sequence[Record]]
+        ) -> Iterator[tuple[int, NDArray[np.float32]]]:
+            found = self.gradients(Adapter(self.spec, values[0]), chosen[0], temperature)
+            return ((0, gradient) for gradient in found)
+
+        change = descend(
+            mechanism, adapter.values, [records], gradients, learning_rate=learning_rate, randomness=[randomness]
+        )
+        return np.asarray(change[0], np.float32)
+
+    def gradients(
+        self, adapter: Adapter, records: Sequence[Record], temperature: float
+    ) -> Iterator[NDArray[np.float32]]:
+        """The gradient of each record, (size,), one pass for each; none for a record on which the tower fails."""
+        set_adapter(self._wrapped, adapter)
         for record in records:
-            self.backward([record], temperature)
-            optimizer.accumulate(records=1)
+            try:
+                self.backward([record], temperature)
+                (gradient,) = self.take(1)
+            except StillroomError:
+                raise
+            except Exception:
+                _log.exception("a record counts as zero: the tower failed on it")
+                self._forget()
+            else:
+                yield gradient
 
     def backward(self, records: Sequence[Record], temperature: float) -> None:
         """One pass of Opacus over records with equally many candidates: a row for each in every `grad_sample`."""
@@ -103,69 +127,23 @@ class PrivateTrainer:
             warnings.filterwarnings("ignore", "Full backward hook is firing")
             losses.sum().backward()  # type: ignore[no-untyped-call]
 
-    def _values(self) -> NDArray[np.float32]:
-        flat = [parameter.detach().reshape(-1) for parameter in self.parameters.values()]
-        return np.asarray(torch.cat(flat).numpy(), np.float32)
+    def take(self, records: int) -> NDArray[np.float32]:
+        """What the last pass left, (records, size), after checking that it was one pass over `records` records."""
+        try:
+            require_one_row_each(self.parameters, records)
+            return per_record_gradients(self.parameters)
+        finally:
+            self._forget()
 
-
-class IntegerOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is published without types
-    """Opacus' optimizer with sums of integers and discrete noise: gradient descent on a mechanism's releases.
-
-    Attributes:
-        total: (dimension,) int64, the bounded gradients since the last step.
-    """
-
-    def __init__(
-        self,
-        parameters: Mapping[str, nn.Parameter],
-        mechanism: Local,
-        *,
-        learning_rate: float,
-        randomness: Randomness,
-    ) -> None:
-        super().__init__(
-            torch.optim.SGD(list(parameters.values()), lr=learning_rate),
-            noise_multiplier=mechanism.noise_multiplier,
-            max_grad_norm=mechanism.clip_norm,
-            expected_batch_size=None,
-            loss_reduction="sum",  # the release is divided by the mechanism's denominator already
-        )
-        size = sum(parameter.numel() for parameter in parameters.values())
-        if size != mechanism.dimension:
-            raise ProtocolError(
-                f"the mechanism is for {mechanism.dimension} values, the adapter has {size}: build it from the adapter"
-            )
-        self._parameters, self._mechanism, self._randomness = dict(parameters), mechanism, randomness
-        self.total = np.zeros(mechanism.dimension, np.int64)
-        self.zero_grad()
-
-    def accumulate(self, *, records: int) -> None:
-        """Take over what the last pass left, after checking that it was a pass over `records` records."""
-        require_one_row_each(self._parameters, records)
-        self.clip_and_accumulate()
-        self.zero_grad()
-
-    def clip_and_accumulate(self) -> None:
-        """Bound the gradient of each record to the grid and add it to `total`."""
-        for gradient in per_record_gradients(self._parameters):
-            self.total += self._mechanism.bound(gradient)
-
-    def add_noise(self) -> None:
-        """Turn `total` into a release, in `grad`. A sum is noised once: afterwards `total` is zero."""
-        released = self._mechanism.release(self.total, self._randomness)
-        self.total = np.zeros_like(self.total)
-        start = 0
-        for parameter in self._parameters.values():
-            part = released[start : start + parameter.numel()]
-            parameter.grad = torch.from_numpy(part).to(parameter.dtype).view_as(parameter)
-            start += parameter.numel()
-
-    def pre_step(self, closure: Callable[[], float] | None = None) -> bool:
-        """Noise what was accumulated, possibly nothing: an empty batch is a release like any other."""
-        if any(getattr(parameter, "grad_sample", None) is not None for parameter in self.params):
-            raise PrivacyError("a pass was not accumulated: call accumulate(records=...) after each backward pass")
-        self.add_noise()
-        return True
+    def _forget(self) -> None:
+        """Drop gradients, and what a pass that failed half-way left in Opacus' hooks: the next record must not see it."""
+        for module in self._wrapped.values():
+            module.activations = []  # type: ignore[assignment]
+            module.__dict__.pop("max_batch_len", None)
+        for parameter in self.parameters.values():
+            parameter.grad = parameter.grad_sample = None  # type: ignore[attr-defined]
+            parameter._forward_counter = 0  # type: ignore[attr-defined]
+            parameter.__dict__.pop("_current_grad_sample", None)
 
 
 def per_record_gradients(parameters: Mapping[str, nn.Parameter]) -> NDArray[np.float32]:

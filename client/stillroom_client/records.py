@@ -22,22 +22,30 @@ from stillroom_client.encoder import Encoder
 from stillroom_client.training import Record
 
 MAXIMUM_RECORDS = 64
-"""Most recent opened results, or queries, that a device trains on: a public constant."""
+"""Most recent opened results that a device trains on, unless the federation sets another number: a public constant."""
 
 RECORDS_PER_QUERY = 1
 """Records that one query enters under `local`: a public constant, held by `one_per_query`."""
 
 
-def mine_records(device: Device, encoder: Encoder, *, candidates: int, one_per_query: bool = False) -> list[Record]:
+def mine_records(
+    device: Device,
+    encoder: Encoder,
+    *,
+    candidates: int,
+    one_per_query: bool = False,
+    most: int = MAXIMUM_RECORDS,
+) -> list[Record]:
     """One record for each opened result whose passage is still indexed, most recent last.
 
     Args:
         encoder: the release's, without an adapter.
         candidates: rows of each record (fewer when the index is smaller), the opened passage first.
         one_per_query: merge the opened results of one query: what `local` needs, where the unit is a query.
+        most: of the latest records; under `local` a public constant of the federation.
     """
     history = [(seen.query, seen.passage_id) for seen in device.feedback()]
-    opened = (_latest_of_each(history, encoder) if one_per_query else history)[-MAXIMUM_RECORDS:]
+    opened = (_latest_of_each(history, encoder) if one_per_query else history)[-most:]
     if not opened:
         return []
     queries = [query for query, _ in opened]

@@ -1,12 +1,14 @@
-"""A device's own check of what correlated noise relies on: few participations, and enough rounds between two of them.
+"""A device's own check of what a run of turns relies on: few participations, and enough rounds between two of them.
 
-The sensitivity of a run (`stillroom_shared.correlated`) holds only for devices that keep both limits. The server's rotation
-keeps them; the device does not take its word, and looks into its own ledger before it answers.
+The sensitivity of a run with correlated noise (`stillroom_shared.correlated`) holds only for devices that keep both limits, and
+the cost of a run under `local` only for those that keep the first. The server's rotation keeps them; the device does not take
+its word, and looks into its own ledger before it answers.
 
 | round asked for | answer |
 |---|---|
 | the first in this federation | yes, if the cap is at least 1 |
-| the round of the last participation, a higher attempt | yes: the rows take in one attempt, and the cap counts rounds |
+| the round of the last participation, a higher attempt | yes: the rows take in one attempt, the cap counts rounds |
+| the same, under `local` | yes, if the cap allows: each attempt is an update of its own, the cap counts attempts |
 | the same attempt, or a lower one | `BudgetError` |
 | fewer than `separation` rounds after the last one, or before it | `BudgetError` |
 | a round beyond the cap | `BudgetError` |
@@ -37,8 +39,10 @@ class Turn:
         return asdict(self)
 
 
-def require_turn(turn: Turn, joined: Sequence[dict[str, Any]]) -> None:
+def require_turn(turn: Turn, joined: Sequence[dict[str, Any]], *, every_attempt: bool = False) -> None:
     """Raise `BudgetError` unless the limits hold; `joined` are the purposes of all earlier spends of this device.
+
+    `every_attempt`: the cap counts attempts, not rounds.
 
     >>> first = Turn(federation="toy", round=3, attempt=1, separation=4, participations=2)
     >>> require_turn(first, [])
@@ -56,6 +60,11 @@ def require_turn(turn: Turn, joined: Sequence[dict[str, Any]]) -> None:
                 f"round {turn.round} of {turn.federation!r} names separation and participations {limits}, earlier rounds "
                 f"{promised}: the limits of a run never change; join another federation"
             )
+    if every_attempt and len(earlier) >= turn.participations:
+        raise BudgetError(
+            f"attempt {turn.attempt} at round {turn.round} of {turn.federation!r} would be participation {len(earlier) + 1}: "
+            f"{turn.participations} were accounted for, retries among them"
+        )
     rounds = sorted({int(purpose["round"]) for purpose in earlier})
     if rounds and turn.round == rounds[-1]:
         answered = max(int(purpose["attempt"]) for purpose in earlier if purpose["round"] == turn.round)

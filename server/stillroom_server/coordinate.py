@@ -1,8 +1,8 @@
 """A federation's rounds: sample, charge, broadcast, sum, add noise, step. The heart of the operator's side.
 
 `Coordinator.run` reads like the algorithm (DP-FedAvg with user-level central noise: McMahan et al. 2018, arXiv 1710.06963,
-with a fixed denominator and Poisson cohorts; or DP-FTRL, where devices take turns and the whole run is charged at once). It
-resumes from its checkpoint; a round that was charged but not finished is tried again and charged again.
+with a fixed denominator and Poisson cohorts; or a run of turns, charged at once: DP-FTRL, or updates that are private when they
+leave the device). It resumes from its checkpoint; a round that was charged but not finished is tried again and charged again.
 
 Guarantees:
     - The spend of a round is durable before any device is asked.
@@ -35,6 +35,7 @@ from stillroom_shared.correlated import Correlated
 from stillroom_shared.errors import BudgetError, LedgerError, ProtocolError
 from stillroom_shared.files import replace_file
 from stillroom_shared.ledger import Ledger
+from stillroom_shared.local_rounds import LocalRounds
 from stillroom_shared.mechanism import Mechanism, Released, Total
 from stillroom_shared.protocol import ENROL, TRAIN, RoundOrder, order_message, read_enrolment, read_update
 from stillroom_shared.randomness import Randomness
@@ -48,7 +49,7 @@ ADAPTERS_FOLDER = "adapters"
 _STATE_FILE = "state.npz"
 _ROWS_FILE = "rows.npz"
 _WHOLE_RUN = {"run": 1}
-"""Purpose of the one charge of a run whose rounds are correlated."""
+"""Purpose of the one charge of a run whose devices take turns."""
 _POLL_SECONDS = 1.0
 _log = logging.getLogger(__name__)
 
@@ -143,6 +144,10 @@ class Coordinator:
         mechanism = order.build_mechanism()
         if isinstance(mechanism, Correlated):
             released = self._row(grid, nodes, order, mechanism)
+        elif isinstance(mechanism, LocalRounds):
+            self._charge_run(mechanism)
+            total = self._ask_turn(grid, nodes, order, mechanism)
+            released = mechanism.release(total, self._randomness("none", order))  # the noise is in the updates
         else:
             charged = {"round": order.round, "attempt": order.attempt}
             self.ledger.spend(mechanism.event(), budget=self.plan.budget, purpose=charged)
@@ -156,19 +161,27 @@ class Coordinator:
         return float(np.linalg.norm(released.update))
 
     def _row(self, grid: Grid, nodes: Mapping[str, int], order: RoundOrder, mechanism: Correlated) -> Released:
-        """One attempt at the next row of a correlated run: charged as a whole, before its first row."""
-        if _WHOLE_RUN not in self.ledger.purposes():
-            self.ledger.spend(mechanism.event(), budget=self.plan.budget, purpose=_WHOLE_RUN)
+        """One attempt at the next row of a correlated run."""
+        self._charge_run(mechanism)
         rows = RowStream(
             self.home / _ROWS_FILE, mechanism, federation=self.plan.federation, plan=self.plan.content_hash
         )
         with rows:
             update = rows.pending(order.round - 1)
             if update is None:  # no row was formed that the checkpoint lacks
-                self.ledger.record({"asked": {"round": order.round, "attempt": order.attempt}})
-                total = self._ask(grid, nodes, self.plan.rotation.cohort(order.round), order, mechanism)
+                total = self._ask_turn(grid, nodes, order, mechanism)
                 update = rows.release(order.round, total, self._randomness("noise", order))
         return Released(update)
+
+    def _charge_run(self, mechanism: Correlated | LocalRounds) -> None:
+        """Charge a run of turns as a whole, before its first round."""
+        if _WHOLE_RUN not in self.ledger.purposes():
+            self.ledger.spend(mechanism.event(), budget=self.plan.budget, purpose=_WHOLE_RUN)
+
+    def _ask_turn(self, grid: Grid, nodes: Mapping[str, int], order: RoundOrder, mechanism: Mechanism) -> Total:
+        """Ask the devices whose turn it is, after a note: the next attempt must carry another number."""
+        self.ledger.record({"asked": {"round": order.round, "attempt": order.attempt}})
+        return self._ask(grid, nodes, self.plan.rotation.cohort(order.round), order, mechanism)
 
     def _ask(
         self, grid: Grid, nodes: Mapping[str, int], cohort: Sequence[str], order: RoundOrder, mechanism: Mechanism

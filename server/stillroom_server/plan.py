@@ -36,9 +36,13 @@ class Plan(BaseModel):
         clip_quantile: the share of updates that are to stay unclipped: each round's clip norm follows the noisy share of
             the round before. None keeps the clip norm.
         clip_rate, norm_bit: step of the clip norm's logarithm; size of the bit that is asked for, in clip norms.
-        budget_epsilon: the most epsilon (user level, at `delta`, against readers of releases) ever to be spent.
-        sampling_rate: chance of a device to be in a cohort; under `correlated` the share of devices whose turn it is.
-        schedule: of `correlated` only: when devices take turns, and the coefficients of the noise.
+        budget_epsilon: the most epsilon (at `delta`, against readers of releases; of a user, under `local` of a query) that
+            may ever be spent.
+        sampling_rate: chance of a device to be in a cohort; where devices take turns, the share of them whose turn it is.
+        schedule: of `correlated` and `local`: when devices take turns.
+        coefficients: of `correlated`: of the noise, in units of 1 / `toeplitz.ONE`.
+        records, record_rate: of `local`: most records that a device trains on, and the chance of each in a step.
+        local_steps: passes over a device's records; under `local` noisy steps.
         wait_for_nodes: how many nodes must be online before a round is charged; who is online is no private data.
         seed: fixes all randomness; allowed only in a rehearsal, whose statements promise nothing.
     """
@@ -51,6 +55,9 @@ class Plan(BaseModel):
     mechanism: MechanismName
     rounds: int = Field(ge=0)
     schedule: Schedule | None = None
+    coefficients: tuple[int, ...] | None = Field(default=None, min_length=1)
+    records: int | None = Field(default=None, ge=1)
+    record_rate: float | None = Field(default=None, gt=0, le=1)
     sampling_rate: float = Field(gt=0, le=1)
     clip_norm: float | None = Field(default=None, gt=0)
     clip_quantile: float | None = Field(default=None, gt=0, lt=1)
@@ -78,10 +85,10 @@ class Plan(BaseModel):
             raise ValueError("seed: noise from a known seed protects nobody; remove it, or set rehearsal = true")
         if len(set(self.enrolled)) != len(self.enrolled):
             raise ValueError("enrolled: a name occurs twice, and a device that is sampled twice breaks the sensitivity")
-        if self.mechanism != "none" and self.delta >= 1 / len(self.enrolled):
+        units, unit = len(self.enrolled) * (self.records or 1), "queries" if self.mechanism == "local" else "devices"
+        if self.mechanism != "none" and self.delta >= 1 / units:
             raise ValueError(
-                f"delta {self.delta} lets one of {len(self.enrolled)} devices be exposed outright: choose at most a tenth of "
-                f"1/{len(self.enrolled)}"
+                f"delta {self.delta} lets one of {units} {unit} be exposed outright: choose at most a tenth of 1/{units}"
             )
         if self.mechanism != "none" and None in (self.clip_norm, self.noise_multiplier, self.budget_epsilon):
             raise ValueError(f"mechanism {self.mechanism!r} needs clip_norm, noise_multiplier and budget_epsilon")
@@ -91,13 +98,23 @@ class Plan(BaseModel):
         return self
 
     def _require_schedule(self) -> None:
-        """Raise `ValueError` unless there is one exactly where the mechanism needs it, and it covers every round."""
-        if (self.schedule is None) != (self.mechanism != "correlated"):
-            raise ValueError(f"schedule: mechanism {self.mechanism!r} and schedule {self.schedule} do not go together")
+        """Raise `ValueError` unless there is what the mechanism needs and nothing else, and it covers every round."""
+        for names, mechanisms in (
+            (("schedule",), ("correlated", "local")),
+            (("coefficients",), ("correlated",)),
+            (("records", "record_rate"), ("local",)),
+        ):
+            for name in names:
+                if (getattr(self, name) is None) != (self.mechanism not in mechanisms):
+                    raise ValueError(
+                        f"{name}: mechanism {self.mechanism!r} and {name} {getattr(self, name)} do not go together"
+                    )
         if self.schedule is None:
             return
         if self.clip_quantile is not None:
-            raise ValueError("clip_quantile: rows add up rounds, so their clip norm cannot move; remove it")
+            raise ValueError(
+                "clip_quantile: a run of turns is charged with one clip norm, which cannot move; remove it"
+            )
         if self.schedule.rounds != self.rounds or self.sampling_rate != 1 / self.schedule.separation:
             raise ValueError(
                 f"schedule of {self.schedule.rounds} rounds, each device every {self.schedule.separation}: the plan has "
@@ -133,7 +150,7 @@ class Plan(BaseModel):
     @property
     def budget(self) -> Budget | None:
         """The budget that every spend is checked against; None for the non-private baseline."""
-        return Budget(epsilon=self.budget_epsilon, delta=self.delta) if self.budget_epsilon is not None else None
+        return None if self.budget_epsilon is None else Budget(epsilon=self.budget_epsilon, delta=self.delta)
 
     @property
     def optimizer(self) -> ServerOptimizer:
@@ -167,6 +184,9 @@ class Plan(BaseModel):
             noise_multiplier=self.noise_multiplier,
             norm_bit=self.norm_bit if clip else 0.0,
             schedule=self.schedule,
+            coefficients=self.coefficients,
+            records=self.records,
+            record_rate=self.record_rate,
             sampling_rate=self.sampling_rate,
             devices=len(self.enrolled),
             dimension=dimension,

@@ -22,8 +22,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, ClassVar, Literal
 
@@ -31,6 +31,8 @@ from stillroom_shared.errors import BudgetError
 from stillroom_shared.noise import rounding_distance
 
 AccountantName = Literal["PLD", "RDP"]
+Unit = Literal["user", "query"]
+"""What an epsilon is about: everything on one device, or one query of it."""
 _LARGEST_MULTIPLIER = 2.0**20  # sums of noise and updates stay far inside int64
 
 # Orders near 1 do not converge for Poisson sampling at small noise; a dense grid up to 12 decides everything else.
@@ -52,11 +54,11 @@ class SampledGaussian:
     sampling_rate: float
     sigma: int
     dimension: int
+    releases: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         _require_noise(self.noise_multiplier, self.sigma, self.dimension)
-        if not 0 < self.sampling_rate <= 1:
-            raise BudgetError(f"sampling rate {self.sampling_rate} is no probability: choose a value in (0, 1]")
+        _require_rate(self.sampling_rate)
 
     @property
     def distance(self) -> float:
@@ -100,6 +102,7 @@ class CorrelatedGaussian:
     sigma: int
     dimension: int
     sampling_rate: ClassVar[float] = 1.0
+    releases: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         _require_noise(self.noise_multiplier, self.sigma, self.dimension)
@@ -120,6 +123,60 @@ class CorrelatedGaussian:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LocalGaussian:
+    """All noisy sums of DP-SGD on one device (`stillroom_shared.local_mechanism`); what it costs one query of that device.
+
+    They compose like independent Poisson-sampled releases: each step draws its own coins and its own noise, and may depend on
+    the steps before. The coins choose records, never leave the device and so amplify against everybody.
+
+    Attributes:
+        noise_multiplier: standard deviation of the noise of one step / L2 sensitivity of its sum.
+        sampling_rate: probability with which each record takes part in a step, in (0, 1].
+        steps: noisy sums of one participation.
+        participations: the most times that the device trains; its own ledger holds it to that.
+        rounds: of the federation, in which these lie; costs nothing more.
+        sigma: standard deviation of the discrete Gaussian of one step, in grid steps.
+        dimension: length of a sum.
+
+    >>> run = LocalGaussian(
+    ...     noise_multiplier=1.0, sampling_rate=0.1, steps=4, participations=25, rounds=50, sigma=2**28, dimension=9_216)
+    >>> step = SampledGaussian(noise_multiplier=1.0, sampling_rate=0.1, sigma=2**28, dimension=9_216)
+    >>> epsilon([run], 1e-5) == epsilon([step] * 100, 1e-5), run.without_sampling() == run
+    (True, True)
+    """
+
+    noise_multiplier: float
+    sampling_rate: float
+    steps: int
+    participations: int
+    rounds: int
+    sigma: int
+    dimension: int
+
+    def __post_init__(self) -> None:
+        _require_noise(self.noise_multiplier, self.sigma, self.dimension)
+        _require_rate(self.sampling_rate)
+        if min(self.steps, self.participations, self.rounds) < 1:
+            raise BudgetError(
+                f"{self.steps} steps, {self.participations} participations, {self.rounds} rounds: each must be at least 1"
+            )
+
+    @property
+    def releases(self) -> int:
+        """How many noisy sums there are."""
+        return self.steps * self.participations
+
+    @property
+    def distance(self) -> float:
+        """Total variation distance to the mechanism that is accounted for."""
+        return min(1.0, self.releases * rounding_distance(self.sigma, self.dimension))
+
+    def without_sampling(self) -> LocalGaussian:
+        """The same: cohorts count for nothing, and nobody sees which records were drawn."""
+        return self
+
+
+@dataclass(frozen=True, kw_only=True)
 class Unprotected:
     """A release without noise: epsilon is infinite from here on."""
 
@@ -136,10 +193,16 @@ def _require_noise(noise_multiplier: float, sigma: int, dimension: int) -> None:
         )
 
 
-Gaussian = SampledGaussian | CorrelatedGaussian
+def _require_rate(sampling_rate: float) -> None:
+    if not 0 < sampling_rate <= 1:
+        raise BudgetError(f"sampling rate {sampling_rate} is no probability: choose a value in (0, 1]")
+
+
+Gaussian = SampledGaussian | CorrelatedGaussian | LocalGaussian
 Event = Gaussian | Unprotected
 _KINDS: dict[str, type[Gaussian] | type[Unprotected]] = {
     "correlated-gaussian": CorrelatedGaussian,
+    "local-gaussian": LocalGaussian,
     "sampled-gaussian": SampledGaussian,
     "unprotected": Unprotected,
 }
@@ -162,6 +225,33 @@ def event_from_json(fields: Mapping[str, Any]) -> Event:
         raise BudgetError(f"event {dict(fields)} does not have the fields of its kind: {error}") from error
 
 
+def in_one_unit(events: Sequence[Event]) -> tuple[Unit, list[Event]]:
+    """The unit that all events together are about, and what each of them costs that unit.
+
+    A user, unless a `LocalGaussian` is among them, which promises nothing for a user as a whole. Then it is a query, and an
+    event at user level counts with half its noise: a query that is zeroed out turns the device's bounded update into another
+    one, not into zero, and two of those are up to twice the sensitivity apart. For that pair sampling is not credited.
+
+    >>> user = SampledGaussian(noise_multiplier=4.0, sampling_rate=1.0, sigma=2**30, dimension=9)
+    >>> query = LocalGaussian(
+    ...     noise_multiplier=2.0, sampling_rate=0.1, steps=1, participations=1, rounds=1, sigma=2**30, dimension=9)
+    >>> in_one_unit([user]) == ("user", [user])
+    True
+    >>> unit, events = in_one_unit([user, query])
+    >>> unit, [event.noise_multiplier for event in events]
+    ('query', [2.0, 2.0])
+    """
+    if not any(isinstance(event, LocalGaussian) for event in events):
+        return "user", list(events)
+    return "query", [_of_a_query(event) for event in events]
+
+
+def _of_a_query(event: Event) -> Event:
+    if isinstance(event, LocalGaussian | Unprotected):
+        return event
+    return replace(event.without_sampling(), noise_multiplier=event.noise_multiplier / 2)
+
+
 def epsilon(events: Iterable[Event], delta: float, accountant: AccountantName = "PLD") -> float:
     """The epsilon that all events together cost at this delta, for readers who see only what was released.
 
@@ -178,7 +268,7 @@ def epsilon(events: Iterable[Event], delta: float, accountant: AccountantName = 
         return 0.0
     if any(isinstance(event, Unprotected) for event in counts):
         return math.inf
-    if any(_hopeless(event, count) for event, count in counts.items() if isinstance(event, Gaussian)):
+    if any(_hopeless(event, count * event.releases) for event, count in counts.items() if isinstance(event, Gaussian)):
         return math.inf
     sampled = tuple(sorted(((e, n) for e, n in counts.items() if isinstance(e, Gaussian)), key=repr))
     return _epsilon(sampled, delta, accountant)
@@ -207,7 +297,8 @@ def _epsilon(counts: tuple[tuple[Gaussian, int], ...], delta: float, accountant:
         # At rate 1 both spellings mean the same; the plain one has a closed form.
         plain = event.sampling_rate == 1
         composed.compose(
-            gaussian if plain else dp_accounting.PoissonSampledDpEvent(event.sampling_rate, gaussian), count
+            gaussian if plain else dp_accounting.PoissonSampledDpEvent(event.sampling_rate, gaussian),
+            count * event.releases,
         )
     distance = sum(event.distance * count for event, count in counts)
     remaining = delta

@@ -34,7 +34,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
-from stillroom_shared.accounting import Event, epsilon, event_from_json, event_to_json
+from stillroom_shared.accounting import Event, epsilon, event_from_json, event_to_json, in_one_unit
 from stillroom_shared.errors import BudgetError, LedgerError, LedgerLostError
 from stillroom_shared.files import exclusive, sync
 from stillroom_shared.signing import SigningKey, verify
@@ -57,7 +57,10 @@ CREATE TABLE ledger (
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """The most that may ever be spent: `epsilon` at `delta`, by PLD, against `adversary`; the events decide what counts."""
+    """The most that may ever be spent: `epsilon` at `delta`, by PLD, against `adversary`; the events decide what counts.
+
+    It is about a user, or about one query where an event is (`accounting.in_one_unit`).
+    """
 
     epsilon: float
     delta: float
@@ -71,10 +74,11 @@ class Budget:
 
     def check(self, events: list[Event]) -> None:
         """Refuse events whose composition passes the budget, naming the last one."""
-        cost = epsilon(events, self.delta)
+        unit, counted = in_one_unit(events)
+        cost = epsilon(counted, self.delta)
         if cost > self.epsilon:
             raise BudgetError(
-                f"{events[-1]} would bring the spend to epsilon {cost:.3f} (user level, delta {self.delta:.1e}, against "
+                f"{events[-1]} would bring the spend to epsilon {cost:.3f} ({unit} level, delta {self.delta:.1e}, against "
                 f"{self.adversary}): the budget is {self.epsilon:.3f}; stop here or raise the budget openly"
             )
 

@@ -2,7 +2,8 @@
 
 In each of `steps` steps the device tosses a coin for each of its records, clips the gradient of each chosen record to the
 integer grid, sums them, adds exact discrete Gaussian noise and divides by a public number (Abadi et al. 2016,
-arXiv 1607.00133). The update is the change of the adapter after the last step: a function of the noisy sums alone.
+arXiv 1607.00133). The update is the change of the adapter after the last step: a function of the noisy sums alone. `descend`
+is the whole of it; where gradients come from is an argument: Opacus on a device, one batched pass in a simulation.
 
 Unit: one query of one device, that is the one record mined from it (`RECORDS_PER_QUERY` in `stillroom_client.records`).
 Adjacency is zero-out: the query keeps its place among the device's records and contributes the zero vector. The device's
@@ -13,7 +14,8 @@ Guarantees:
     - Sampling rate, steps, denominator and number of coins are public constants: none depends on what the device holds.
     - A device without records, and an empty batch, release noise at the same cost.
     - Which records were chosen never leaves the device, so amplification by that choice counts against everybody, the
-      coordinator included. Whether the device is in a round's cohort is another matter and is not in these events.
+      coordinator included. Whether the device is in a round's cohort is another matter and is not in this event.
+    - One participation is one event: its steps are charged together, or none of them.
 
 | record's gradient | counts as |
 |---|---|
@@ -28,15 +30,15 @@ asked: then the query before the oldest would take the free place, which is a ch
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from stillroom_shared.accounting import SampledGaussian, smallest_noise_multiplier
+from stillroom_shared.accounting import LocalGaussian, smallest_noise_multiplier
 from stillroom_shared.errors import BudgetError
-from stillroom_shared.ledger import Ledger
 from stillroom_shared.mechanism import RESOLUTION, Total, Update, clip_to_grid, require_clip_and_noise
 from stillroom_shared.noise import discrete_gaussian
 from stillroom_shared.randomness import Randomness
@@ -59,8 +61,8 @@ class Local:
     >>> local = Local(clip_norm=0.5, noise_multiplier=2.0, sampling_rate=0.25, steps=3, records=16, dimension=3)
     >>> (local.bound(np.array([3.0, 0.0, 4.0], np.float32)) / RESOLUTION).round(6).tolist(), local.denominator
     ([0.6, 0.0, 0.8], 4.0)
-    >>> local.sigma == 2 * RESOLUTION, len(local.events()), local.events()[0].sampling_rate
-    (True, 3, 0.25)
+    >>> local.sigma == 2 * RESOLUTION, local.event().releases, local.event(participations=5).releases
+    (True, 3, 15)
     """
 
     clip_norm: float
@@ -69,8 +71,6 @@ class Local:
     steps: int
     records: int
     dimension: int
-    name: Literal["local"] = "local"
-    unit: Literal["query"] = "query"
 
     def __post_init__(self) -> None:
         require_clip_and_noise(self.clip_norm, self.noise_multiplier)
@@ -79,7 +79,7 @@ class Local:
                 f"{self.steps} steps over at most {self.records} records: choose at least one of each, and at most "
                 f"{_MOST_RECORDS:,} records"
             )
-        self.events()  # refuses an impossible noise multiplier, sampling rate or dimension
+        self.event()  # refuses an impossible noise multiplier, sampling rate or dimension
 
     @property
     def sensitivity(self) -> int:
@@ -110,19 +110,74 @@ class Local:
         noisy = total + discrete_gaussian(self.sigma, self.dimension, randomness)
         return noisy.astype(np.float64) * (self.clip_norm / RESOLUTION / self.denominator)
 
-    def events(self) -> tuple[SampledGaussian, ...]:
-        """What one round costs a query of a device that takes part, against everybody: one event for each step.
-
-        Their sampling rate is that of records. It is hidden from every adversary, so `without_sampling`, which is for
-        cohorts, has no place here; whoever calls it all the same overstates the cost.
-        """
-        step = SampledGaussian(
+    def event(self, *, participations: int = 1, rounds: int = 1) -> LocalGaussian:
+        """What so many participations cost a query of the device, against everybody; every step of them."""
+        return LocalGaussian(
             noise_multiplier=self.noise_multiplier,
             sampling_rate=self.sampling_rate,
+            steps=self.steps,
+            participations=participations,
+            rounds=rounds,
             sigma=self.sigma,
             dimension=self.dimension,
         )
-        return (step,) * self.steps
+
+
+Record = TypeVar("Record")
+Gradients = Callable[[NDArray[np.float32], Sequence[Sequence[Record]]], Iterable[tuple[int, NDArray[np.float32]]]]
+"""From each device's adapter values, (devices, dimension), and its chosen records, to (device, gradient) of every record
+whose gradient there is, in any order; each gradient, (dimension,), of its own record alone. One that is left out is zero."""
+
+
+def descend(
+    mechanism: Local,
+    start: NDArray[np.float32],
+    records: Sequence[Sequence[Record]],
+    gradients: Gradients[Record],
+    *,
+    learning_rate: float,
+    randomness: Sequence[Randomness],
+) -> NDArray[np.float32]:
+    """DP-SGD on each device, side by side: the change of its adapter values, (devices, dimension), private already.
+
+    What this costs must be in each device's ledger before. A device without records gets noise alone.
+
+    >>> local = Local(clip_norm=1.0, noise_multiplier=1e-6, sampling_rate=1.0, steps=2, records=2, dimension=1)
+    >>> def towards(values, chosen):  # the gradient of (value - record)^2 / 2
+    ...     return [(i, values[i] - record) for i, own in enumerate(chosen) for record in own]
+    >>> records, streams = [[3.0, 0.5], [0.24], []], [Randomness(seed=f"toy {i}") for i in range(3)]
+    >>> made = descend(local, np.zeros(1, np.float32), records, towards, learning_rate=1.0, randomness=streams)
+    >>> [round(float(value), 3) for value in made[:, 0]]
+    [1.125, 0.18, 0.0]
+
+    Args:
+        start: adapter values, (dimension,), from which every device starts.
+        records: of each device, the latest last; what is beyond `mechanism.records` is left out.
+        learning_rate: step along the noisy mean gradient.
+        randomness: of each device, for its coins and its noise.
+    """
+    latest = [own[-mechanism.records :] for own in records]
+    iterates = np.tile(start.astype(np.float64), (len(records), 1))  # (devices, dimension)
+    for _ in range(mechanism.steps):
+        chosen = [
+            [record for record, taken in zip(own, mechanism.sample(stream), strict=False) if taken]
+            for own, stream in zip(latest, randomness, strict=True)
+        ]
+        totals = np.zeros(iterates.shape, np.int64)
+        for device, gradient in gradients(iterates.astype(np.float32), chosen):
+            totals[device] += mechanism.bound(gradient)
+        for device, stream in enumerate(randomness):
+            iterates[device] -= learning_rate * mechanism.release(totals[device], stream)
+    return (iterates - start).astype(np.float32)
+
+
+def noise_alone(mechanism: Local, *, learning_rate: float, randomness: Randomness) -> NDArray[np.float32]:
+    """What a device without records answers, (dimension,): no record is read, so it costs nothing."""
+    nothing: Sequence[Sequence[None]] = [()]
+    start = np.zeros(mechanism.dimension, np.float32)
+    return descend(
+        mechanism, start, nothing, lambda values, chosen: (), learning_rate=learning_rate, randomness=[randomness]
+    )[0]
 
 
 def calibrate_local(
@@ -163,22 +218,3 @@ def calibrate_local(
         records=records,
         dimension=dimension,
     )
-
-
-def charge(ledger: Ledger, mechanism: Local, purpose: dict[str, Any]) -> None:
-    """Record every step of a round durably, before the first; the caller trains only after this returned.
-
-    Raises `BudgetError` when `purpose` was charged before: a second run is a second spend. A crash in between leaves some
-    steps charged, none released, and the attempt answered.
-    """
-    if "step" in purpose:
-        raise BudgetError(f"purpose {purpose} names a step already: leave it out, every step is charged here")
-
-    def unknown(earlier: list[dict[str, Any]]) -> None:
-        if any({key: value for key, value in spent.items() if key != "step"} == purpose for spent in earlier):
-            raise BudgetError(f"{purpose} was charged already: an attempt is never answered twice")
-
-    first, *others = mechanism.events()
-    ledger.spend(first, budget=None, purpose=purpose | {"step": 1}, allowed=unknown)
-    for step, event in enumerate(others, start=2):
-        ledger.spend(event, budget=None, purpose=purpose | {"step": step})

@@ -38,7 +38,7 @@ from stillroom_shared.randomness import Randomness
 RESOLUTION = 1 << 28
 """Grid steps in one clip norm: rounding costs a delta of about 1e-15, and an update fits int32."""
 
-MechanismName = Literal["none", "central", "correlated"]
+MechanismName = Literal["none", "central", "correlated", "local"]
 Update = NDArray[np.int32]
 Total = NDArray[np.int64]
 
@@ -67,7 +67,7 @@ class Mechanism(Protocol):
 
     @property
     def unit(self) -> str:
-        """What is protected: "user", or "none"."""
+        """What is protected: "user", "query", or "none"."""
         ...
 
     @property

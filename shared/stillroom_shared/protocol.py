@@ -23,6 +23,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from stillroom_shared.adapter import Adapter, AdapterSpec
 from stillroom_shared.correlated import Correlated
 from stillroom_shared.errors import ProtocolError, StillroomError
+from stillroom_shared.local_mechanism import Local
+from stillroom_shared.local_rounds import LocalRounds
 from stillroom_shared.mechanism import Central, MechanismName, NoPrivacy, Update
 
 TRAIN = "train"
@@ -33,13 +35,12 @@ _LARGEST_HEADER = 1024
 
 
 class Schedule(BaseModel):
-    """When devices take turns, and how their rounds' noise is correlated; fixed before the first round of a run.
+    """When devices take turns; fixed before the first round of a run.
 
     Attributes:
-        rounds: rows of the run.
-        separation: rounds between two turns of a device, at least as many as there are coefficients.
+        rounds: of the run.
+        separation: rounds between two turns of a device; under `correlated` at least as many as there are coefficients.
         participations: most turns of a device.
-        coefficients: of the strategy matrix, in units of 1 / `toeplitz.ONE`; integers, so that nobody computes them anew.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -47,7 +48,6 @@ class Schedule(BaseModel):
     rounds: int = Field(ge=0)
     separation: int = Field(ge=1)
     participations: int = Field(ge=1)
-    coefficients: tuple[int, ...] = Field(min_length=1)
 
 
 class RoundOrder(BaseModel):
@@ -55,6 +55,13 @@ class RoundOrder(BaseModel):
 
     A device refuses an order whose federation or release is not its own. `steps`, `learning_rate` and `temperature` are
     the local work; the rest names the mechanism, so that a device can account for what it takes part in.
+
+    Attributes:
+        schedule: of `correlated` and `local`, where devices take turns.
+        coefficients: of `correlated`, of its strategy matrix, in units of 1 / `toeplitz.ONE`; integers, so that nobody computes
+            them anew.
+        records, record_rate: of `local`: most records that a device trains on, its latest, and the chance of each in a step.
+        steps: passes over a device's records; under `local` noisy steps.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -68,6 +75,9 @@ class RoundOrder(BaseModel):
     noise_multiplier: float | None
     norm_bit: float = Field(default=0.0, ge=0, le=1)
     schedule: Schedule | None = None
+    coefficients: tuple[int, ...] | None = Field(default=None, min_length=1)
+    records: int | None = Field(default=None, ge=1)
+    record_rate: float | None = Field(default=None, gt=0, le=1)
     sampling_rate: float = Field(gt=0, le=1)
     devices: int = Field(ge=1)
     dimension: int = Field(ge=1)
@@ -76,7 +86,7 @@ class RoundOrder(BaseModel):
     temperature: float = Field(gt=0)
     candidates: int = Field(ge=2)
 
-    def build_mechanism(self) -> Central | Correlated | NoPrivacy:
+    def build_mechanism(self) -> Central | Correlated | LocalRounds | NoPrivacy:
         """The mechanism value that both sides use; an unknown one is refused by the schema."""
         if self.mechanism == "none":
             return NoPrivacy(sampling_rate=self.sampling_rate, devices=self.devices, dimension=self.dimension)
@@ -84,18 +94,8 @@ class RoundOrder(BaseModel):
             raise ProtocolError(
                 f"round {self.round}: mechanism {self.mechanism!r} needs clip_norm and noise_multiplier"
             )
-        if self.mechanism == "correlated":
-            if self.schedule is None or self.round > self.schedule.rounds:
-                raise ProtocolError(
-                    f"round {self.round}: mechanism 'correlated' needs the schedule of a run that holds it"
-                )
-            return Correlated(
-                clip_norm=self.clip_norm,
-                noise_multiplier=self.noise_multiplier,
-                **self.schedule.model_dump(),
-                devices=self.devices,
-                dimension=self.dimension,
-            )
+        if self.mechanism in ("correlated", "local"):
+            return self._in_turns(self.clip_norm, self.noise_multiplier)
         return Central(
             clip_norm=self.clip_norm,
             noise_multiplier=self.noise_multiplier,
@@ -104,6 +104,32 @@ class RoundOrder(BaseModel):
             dimension=self.dimension,
             norm_bit=self.norm_bit,
         )
+
+    def _in_turns(self, clip_norm: float, noise_multiplier: float) -> Correlated | LocalRounds:
+        if self.schedule is None or self.round > self.schedule.rounds:
+            raise ProtocolError(
+                f"round {self.round}: mechanism {self.mechanism!r} needs the schedule of a run that holds it"
+            )
+        run = self.schedule.model_dump() | {"devices": self.devices}
+        if self.mechanism == "correlated" and self.coefficients is not None:
+            return Correlated(
+                clip_norm=clip_norm,
+                noise_multiplier=noise_multiplier,
+                coefficients=self.coefficients,
+                dimension=self.dimension,
+                **run,
+            )
+        if self.mechanism == "local" and self.records is not None and self.record_rate is not None:
+            training = Local(
+                clip_norm=clip_norm,
+                noise_multiplier=noise_multiplier,
+                sampling_rate=self.record_rate,
+                steps=self.steps,
+                records=self.records,
+                dimension=self.dimension,
+            )
+            return LocalRounds(training=training, **run)
+        raise ProtocolError(f"round {self.round}: mechanism {self.mechanism!r} lacks coefficients, or records and rate")
 
 
 def order_message(order: RoundOrder, adapter: Adapter) -> RecordDict:

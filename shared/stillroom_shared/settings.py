@@ -73,18 +73,35 @@ class RoundsSettings(Group):
     """Federated rounds. Everything here is a public constant of the federation."""
 
     mechanism: MechanismName = Field(
-        "central", description="`none` is the non-private baseline; under `correlated` devices take turns"
+        "central",
+        description="`none` is the non-private baseline; under `correlated` and `local` devices take turns",
     )
     rounds: int = Field(15, ge=0, description="planned rounds")
     sampling_rate: float = Field(0.2, gt=0, le=1, description="chance of a device to be in a round's cohort")
-    separation: int = Field(5, ge=1, description="under `correlated`: a device's turn comes every so many rounds")
-    clip_norm: float | None = Field(0.3, gt=0, description="largest L2 norm of an update")
+    separation: int = Field(
+        5,
+        ge=1,
+        description="under `correlated` and `local`: a device's turn comes every so many rounds; 1: every round",
+    )
+    records: int = Field(
+        10, ge=1, le=1 << 20, description="under `local`: most queries that a device trains on, its latest"
+    )
+    record_rate: float = Field(0.5, gt=0, le=1, description="under `local`: chance of each query to be in a step")
+    clip_norm: float | None = Field(
+        0.3, gt=0, description="largest L2 norm of an update; under `local` of the gradient of a query"
+    )
     clip_quantile: float | None = Field(
         None, gt=0, lt=1, description="share of updates to leave unclipped: the clip norm follows it; none: it stays"
     )
-    noise_multiplier: float | None = Field(2.0, gt=0, description="noise standard deviation / sensitivity")
-    target_epsilon: float | None = Field(None, gt=0, description="take the least noise that meets it, user level")
-    delta: float | None = Field(None, gt=0, lt=1, description="none: 1 / (10 x enrolled devices)")
+    noise_multiplier: float | None = Field(
+        2.0, gt=0, description="noise standard deviation / sensitivity, of a round; under `local` of a step on a device"
+    )
+    target_epsilon: float | None = Field(
+        None, gt=0, description="take the least noise that meets it, user level; under `local` query level"
+    )
+    delta: float | None = Field(
+        None, gt=0, lt=1, description="none: 1 / (10 x enrolled devices), under `local` 1 / (10 x devices x records)"
+    )
     budget_epsilon: float = Field(
         4.0, gt=0, description="against readers of releases; a round that would pass it is refused"
     )
@@ -96,7 +113,7 @@ class RoundsSettings(Group):
     )
     candidates: int = Field(32, ge=2, description="passages of its own index that a device ranks for each query")
     temperature: float = Field(0.05, gt=0, description="divides inner products before the softmax")
-    local_steps: int = Field(1, ge=1, description="gradient steps of a device in a round")
+    local_steps: int = Field(1, ge=1, description="gradient steps of a device in a round; under `local` noisy ones")
     local_learning_rate: float = Field(1.0, gt=0, description="step size on the device")
 
     @model_validator(mode="after")
@@ -110,6 +127,8 @@ class RoundsSettings(Group):
             raise ValueError(f"{values}: mechanism none neither clips nor adds noise, set all three to none")
         if self.mechanism == "correlated" and self.clip_quantile is not None:
             raise ValueError(f"clip_quantile {self.clip_quantile}: rows add up rounds of one clip norm, set it to none")
+        if self.mechanism == "local" and self.clip_quantile is not None:
+            raise ValueError(f"clip_quantile {self.clip_quantile}: devices clip queries, not updates, set it to none")
         if self.mechanism != "none" and not bounded:
             raise ValueError(f"{values}: without a clip norm nothing bounds what a user can do, give one, e.g. 0.3")
         if self.mechanism != "none" and (both or not noisy):

@@ -3,7 +3,8 @@
 A statement is computed from the events of a ledger, travels in the manifest of what it covers, and prints as a paragraph
 that somebody whose data it is about can read. The adversaries are those of the design: whoever reads releases cannot see
 who took part in a round, so Poisson sampling amplifies; peers and network observers can, so for them it does not; the
-coordinator sees single updates under `central`, so it is promised nothing.
+coordinator sees single updates under `central`, so it is promised nothing. Under `local` updates are private when they leave
+the device, so the same is promised against all of them, the coordinator too, for one query.
 """
 
 from __future__ import annotations
@@ -14,7 +15,15 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from stillroom_shared.accounting import AccountantName, CorrelatedGaussian, Event, Unprotected, epsilon
+from stillroom_shared.accounting import (
+    AccountantName,
+    CorrelatedGaussian,
+    Event,
+    LocalGaussian,
+    Unprotected,
+    epsilon,
+    in_one_unit,
+)
 from stillroom_shared.mechanism import MechanismName
 
 READERS = "readers of releases"
@@ -26,11 +35,14 @@ class PrivacyStatement(BaseModel):
     """What a sequence of releases costs one unit. `None` stands for "no guarantee" wherever an epsilon could be.
 
     Attributes:
-        unit: what is protected: "user" is everything one device holds; "none" for the non-private baseline.
+        unit: what is protected: "user" is everything one device holds, "query" one training record; "none" for the non-private
+            baseline.
         epsilon: against readers of releases, by accountant; the guarantee is the PLD figure, RDP cross-checks it.
         against: epsilon for each adversary, never only the smallest.
         sampling: "poisson" cohorts, or devices that take "turns", where nothing is amplified.
-        participations, separation: under "turns": the most that a device joins, and how many rounds apart at least.
+        participations, separation: under "turns": the most that a device joins, and how many rounds apart; the second under
+            `correlated` only, where the guarantee rests on it.
+        steps, record_rate: under `local`: noisy steps of a participation, and the chance of each query to be in one.
         rounds: charged; under "turns" all of the run, released or not.
         rehearsal: the noise came from a known seed; nothing is promised to anybody who knows it.
     """
@@ -38,7 +50,7 @@ class PrivacyStatement(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     schema_version: Literal[1] = 1
-    unit: Literal["user", "none"]
+    unit: Literal["user", "query", "none"]
     adjacency: Literal["zero-out"] = "zero-out"
     mechanism: MechanismName
     noise_multiplier: float | None
@@ -46,6 +58,8 @@ class PrivacyStatement(BaseModel):
     sampling: Literal["poisson", "turns"] = "poisson"
     participations: int | None = None
     separation: int | None = None
+    steps: int | None = None
+    record_rate: float | None = None
     sampling_rate: float
     rounds: int
     devices: int
@@ -62,17 +76,18 @@ class PrivacyStatement(BaseModel):
 
     def paragraph(self) -> str:
         """The statement in plain words."""
-        if self.unit == "user" and self.epsilon["PLD"] is None:
+        if self.unit != "none" and self.epsilon["PLD"] is None:
             return (
                 "No guarantee can be certified: updates were clipped and noised, but with too little noise for any bound "
                 "at this delta. Treat it as if there were no differential privacy."
             )
         if self.epsilon["PLD"] is None or self.unit == "none":
             return "No differential privacy: updates were neither clipped nor noised. This is a baseline for comparison only."
+        if self.unit == "query":
+            return " ".join([*self._of_a_query(self.epsilon["PLD"]), *self._rehearsed()])
         sentences = [
             f"The unit of protection is one user: everything on one of {self.devices:,} enrolled devices.",
-            f"Against {READERS}, {self.rounds} round{'s' * (self.rounds != 1)} cost "
-            f"{_figure(self.epsilon['PLD'], self.delta, READERS)}:",
+            f"Against {READERS}, {self.rounds} round{'s' * (self.rounds != 1)} cost {self._figure(READERS)}:",
             "whatever somebody concludes from the released models, they would have concluded almost as likely had the "
             f"device contributed nothing; the factor is at most e to the {printed_epsilon(self.epsilon['PLD'])}, "
             f"but for a chance of {self.delta:.1e}.",
@@ -81,14 +96,31 @@ class PrivacyStatement(BaseModel):
             "never queries, documents or embeddings.",
             "Not covered: how long a device takes to answer, and what other federations of the same devices release.",
         ]
-        if self.rehearsal:
-            sentences.append(
-                "Rehearsal: the randomness came from a known seed, so none of this binds anybody who knows it."
-            )
-        return " ".join(sentences)
+        return " ".join([*sentences, *self._rehearsed()])
+
+    def _of_a_query(self, epsilon: float) -> list[str]:
+        return [
+            f"The unit of protection is one query of one of {self.devices:,} enrolled devices: one record that it trains on.",
+            f"Against {READERS}, {self.rounds} round{'s' * (self.rounds != 1)} cost {self._figure(READERS)}:",
+            "whatever somebody concludes from the released models, they would have concluded almost as likely had that query "
+            f"contributed nothing; the factor is at most e to the {printed_epsilon(epsilon)}, but for a chance of "
+            f"{self.delta:.1e}.",
+            f"Each device trains at most {self.participations or 0} times, {self.steps or 0} noisy steps at a time, and adds "
+            "the noise before anything leaves it; a query is in a step with probability "
+            f"{self.record_rate or 0:g}, which nobody else sees. So against {OBSERVERS} the figure is the same, "
+            f"{self._figure(OBSERVERS)}, and against the coordinator too: "
+            f"{self._figure(COORDINATOR)}.",
+            "Not covered: a user as a whole, that is what all queries of a device have in common; its documents; how long it "
+            "takes to answer; and what other federations of the same devices release.",
+        ]
+
+    def _rehearsed(self) -> list[str]:
+        if not self.rehearsal:
+            return []
+        return ["Rehearsal: the randomness came from a known seed, so none of this binds anybody who knows it."]
 
     def _seen_by_observers(self) -> str:
-        found = _figure(self.against[OBSERVERS], self.delta, OBSERVERS)
+        found = self._figure(OBSERVERS)
         if self.sampling == "turns":
             return (
                 f"Devices take turns, each at most {self.participations} times and every {self.separation} rounds, so against "
@@ -98,6 +130,10 @@ class PrivacyStatement(BaseModel):
             f"Against {OBSERVERS}, who may see which devices take part and read the releases, sampling hides nothing: "
             f"{found} for a device that joined every round."
         )
+
+    def _figure(self, adversary: str) -> str:
+        value, where = self.against[adversary], f"({self.unit} level, delta {self.delta:.1e}, against {adversary})"
+        return f"no guarantee {where}" if value is None else f"epsilon {printed_epsilon(value)} {where}"
 
 
 def statement(
@@ -120,20 +156,26 @@ def statement(
     """
     gaussians = [event for event in events if not isinstance(event, Unprotected)]
     protected = len(gaussians) == len(events) and mechanism != "none"
-    runs = [event for event in gaussians if isinstance(event, CorrelatedGaussian)]
+    unit, counted = in_one_unit(events)
+    runs = [event for event in gaussians if isinstance(event, CorrelatedGaussian | LocalGaussian)]
+    correlated = [event for event in gaussians if isinstance(event, CorrelatedGaussian)]
+    trained = [event for event in gaussians if isinstance(event, LocalGaussian)]
+    local = mechanism == "local" and len(trained) == len(events)
 
     def cost(of: Sequence[Event], accountant: AccountantName = "PLD") -> float | None:
         found = epsilon(of, delta, accountant) if protected else math.inf
         return found if math.isfinite(found) else None
 
-    readers: dict[str, float | None] = {"PLD": cost(events), "RDP": cost(events, "RDP")}
-    unamplified = [event.without_sampling() for event in gaussians]
+    readers: dict[str, float | None] = {"PLD": cost(counted), "RDP": cost(counted, "RDP")}
+    unamplified = [event if isinstance(event, Unprotected) else event.without_sampling() for event in counted]
     return PrivacyStatement(
-        unit="user" if protected else "none",
+        unit=("query" if mechanism == "local" else unit) if protected else "none",
         mechanism=mechanism if protected else "none",
-        sampling="turns" if runs or mechanism == "correlated" else "poisson",
+        sampling="turns" if runs or mechanism in ("correlated", "local") else "poisson",
         participations=max((run.participations for run in runs), default=None),
-        separation=min((run.separation for run in runs), default=None),
+        separation=min((run.separation for run in correlated), default=None),
+        steps=max((event.steps for event in trained), default=None),
+        record_rate=max((event.sampling_rate for event in trained), default=None),
         noise_multiplier=min((event.noise_multiplier for event in gaussians), default=None) if protected else None,
         clip_norm=clip_norm if protected else None,
         sampling_rate=sampling_rate,
@@ -141,22 +183,20 @@ def statement(
         devices=devices,
         delta=delta,
         epsilon=readers,
-        against={READERS: readers["PLD"], OBSERVERS: cost(unamplified), COORDINATOR: None},
+        against={
+            READERS: readers["PLD"],
+            OBSERVERS: cost(unamplified),
+            COORDINATOR: readers["PLD"] if local else None,
+        },
         rehearsal=rehearsal,
     )
 
 
 def rounds_of(event: Event) -> int:
     """How many rounds one charge pays for."""
-    return event.rounds if isinstance(event, CorrelatedGaussian) else 1
+    return event.rounds if isinstance(event, CorrelatedGaussian | LocalGaussian) else 1
 
 
 def printed_epsilon(value: float) -> str:
     """Two digits, rounded up: a guarantee is never printed better than it is."""
     return f"{math.ceil(value * 100) / 100:.2f}"
-
-
-def _figure(value: float | None, delta: float, adversary: str) -> str:
-    if value is None:
-        return f"no guarantee (user level, delta {delta:.1e}, against {adversary})"
-    return f"epsilon {printed_epsilon(value)} (user level, delta {delta:.1e}, against {adversary})"

@@ -100,7 +100,7 @@ def _central_scores(run: DemoRun, console: Console) -> NDArray[np.float64]:
     path = run.out / _CENTRAL_FILE
     if not path.exists():
         console.print("central fine-tuning", markup=False)
-        mined = run.records(run.settings.nonprivate.candidates)
+        mined = run.records(run.settings.nonprivate)
         pooled = [record for own in mined.values() for record in own]
         adapter = fine_tune_centrally(run.trainer, pooled, CENTRAL, seed=run.settings.seed)
         queries = run.private.queries_in("test")

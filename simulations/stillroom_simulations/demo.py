@@ -69,6 +69,9 @@ _FORECAST = {
     },
 }
 
+CONSENT = Consent(mechanisms=("central", "correlated", "local", "none"), minimum_noise_multiplier=0.25)
+"""What the owners of simulated devices agree to; with less noise than that nothing is certified anyway."""
+
 
 def run_demo(settings: Settings, *, out: Path, console: Console) -> None:
     """Run every stage that is not done; leaves `results.json` and `report.html` in `out`."""
@@ -176,7 +179,7 @@ class DemoRun(RunContext):
                     device.add(own.passages, vectors[[row_of[passage.id] for passage in own.passages]])
                     device.record((q.text, next(iter(self.private.qrels[q.id]))) for q in own.training)
                     device.refresh_index()
-                    Consent(mechanisms=("central", "correlated", "none")).save(device.home)
+                    CONSENT.save(device.home)
                 stage(done, len(self.population))
             with self._device(self.everything) as device:
                 device.add(self.private.passages, vectors)
@@ -207,7 +210,7 @@ class DemoRun(RunContext):
                 home,
                 plan,
                 [self.homes[device.name] for device in self.population],
-                BatchedUpdates(self.trainer, self.records(rounds.candidates)),
+                BatchedUpdates(self.trainer, self.records(rounds), seed=f"{self.settings.seed}"),
                 operator=self.operator,
                 block=self.settings.speed.block,
                 on_round=on_round,

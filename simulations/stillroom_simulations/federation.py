@@ -1,14 +1,15 @@
 """A federation of simulated devices: the real apps on the in-process grid, with clients trained in batches.
 
 `BatchedUpdates` stands where a deployed device opens its own home: the grid announces a block of messages, one forward and
-backward pass on the shared frozen tower computes the whole block's updates, and each client app then finds its own. What
-each device learns from is mined once from that device's own store, by the code that a deployed device runs.
+backward pass on the shared frozen tower computes the whole block's updates, and each client app then finds its own. Under
+`local` that pass gives the gradient of every record; coins, clipping, noise and steps are the functions that a deployed device
+calls. What each device learns from is mined once from that device's own store, by the code that a deployed device runs.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from stillroom_client.app import HOME_KEY as DEVICE_HOME
 from stillroom_client.app import client_app, local_work
 from stillroom_client.device import Device
 from stillroom_client.encoder import Encoder
-from stillroom_client.records import mine_records
+from stillroom_client.records import MAXIMUM_RECORDS, mine_records
 from stillroom_client.training import Record, Trainer
 from stillroom_server.app import HOME_KEY as COORDINATOR_HOME
 from stillroom_server.app import server_app
@@ -28,8 +29,11 @@ from stillroom_server.plan import Plan
 from stillroom_shared.adapter import Adapter
 from stillroom_shared.correlated import calibrate_correlated
 from stillroom_shared.errors import StillroomError
+from stillroom_shared.local_mechanism import calibrate_local, descend
+from stillroom_shared.local_rounds import LocalRounds
 from stillroom_shared.mechanism import calibrate
 from stillroom_shared.protocol import TRAIN, RoundOrder, Schedule, read_order
+from stillroom_shared.randomness import Randomness
 from stillroom_shared.release import Release
 from stillroom_shared.settings import RoundsSettings
 from stillroom_shared.signing import SigningKey
@@ -42,11 +46,16 @@ _FIRST_NODE = 2
 
 
 class BatchedUpdates:
-    """Updates for a block of devices from one batched pass; each is handed out once."""
+    """Updates for a block of devices from one batched pass; each is handed out once.
 
-    def __init__(self, trainer: Trainer, records: RecordsByHome) -> None:
+    `records`: of each home; under `local` mined with `one_per_query`. `seed` fixes the coins and the noise that devices
+    draw under `local`; without one they come from the operating system.
+    """
+
+    def __init__(self, trainer: Trainer, records: RecordsByHome, *, seed: str | None = None) -> None:
         self._trainer = trainer
         self._records = records
+        self._seed = seed
         self._ready: dict[tuple[str, int, int], NDArray[np.float32]] = {}
 
     def prepare(self, block: Sequence[tuple[Message, Context]]) -> None:
@@ -56,7 +65,19 @@ class BatchedUpdates:
             return
         order, adapter = read_order(training[0][0].content)
         homes = [str(context.node_config[DEVICE_HOME]) for _, context in training]
-        changes = self._trainer.updates(adapter, [self._records[home] for home in homes], local_work(order))
+        records = [self._records[home] for home in homes]
+        mechanism = order.build_mechanism()
+        if isinstance(mechanism, LocalRounds):
+            changes = descend(
+                mechanism.training,
+                adapter.values,
+                records,
+                lambda values, chosen: batched_gradients(self._trainer, values, chosen, order.temperature),
+                learning_rate=order.learning_rate,
+                randomness=[self._randomness(Path(home).name, order) for home in homes],
+            )
+        else:
+            changes = self._trainer.updates(adapter, records, local_work(order))
         self._ready |= {(home, order.round, order.attempt): change for home, change in zip(homes, changes, strict=True)}
 
     @property
@@ -74,6 +95,21 @@ class BatchedUpdates:
         except KeyError:
             raise StillroomError(f"no update was prepared for {home}: pass `prepare` to the grid") from None
 
+    def _randomness(self, device: str, order: RoundOrder) -> Randomness:
+        if self._seed is None:
+            return Randomness()
+        return Randomness(seed=f"{self._seed}/{order.federation}/{device}/{order.round}/{order.attempt}")
+
+
+def batched_gradients(
+    trainer: Trainer, values: NDArray[np.float32], chosen: Sequence[Sequence[Record]], temperature: float
+) -> Iterator[tuple[int, NDArray[np.float32]]]:
+    """Gradients for `descend`, all devices in one pass: (device, gradient) of each chosen record."""
+    owned = [(device, record) for device, own in enumerate(chosen) for record in own]
+    devices = [device for device, _ in owned]
+    found = trainer.record_gradients(values[devices], [record for _, record in owned], temperature)
+    yield from zip(devices, found, strict=True)
+
 
 def mine_population(
     homes: Sequence[Path],
@@ -81,14 +117,18 @@ def mine_population(
     *,
     candidates: int,
     threads: int,
+    one_per_query: bool = False,
+    most: int = MAXIMUM_RECORDS,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, list[Record]]:
-    """The training records of every device, each mined from its own store; the encoder's weights are shared."""
+    """The training records of every device, each mined from its own store as `mine_records` says; the encoder is shared."""
     encoder = Encoder(release, precision="int8", threads=threads)
     records = {}
     for done, home in enumerate(homes, start=1):
         with Device.open(home) as device:
-            records[str(home)] = mine_records(device, encoder, candidates=candidates)
+            records[str(home)] = mine_records(
+                device, encoder, candidates=candidates, one_per_query=one_per_query, most=most
+            )
         progress(done, len(homes))
     return records
 
@@ -97,8 +137,9 @@ def make_plan(
     settings: RoundsSettings, *, name: str, release_folder: Path, enrolled: Sequence[str], dimension: int, seed: str
 ) -> Plan:
     """The plan of a simulated federation: a rehearsal with seeded noise, calibrated where the settings give a target."""
-    delta = settings.delta or 1 / (10 * len(enrolled))
-    turns = settings.mechanism == "correlated"
+    local = settings.mechanism == "local"
+    delta = settings.delta or 1 / (10 * len(enrolled) * (settings.records if local else 1))
+    turns = settings.mechanism in ("correlated", "local")
     schedule = _schedule(settings.rounds, settings.separation) if turns else None
     noise = settings.noise_multiplier
     if settings.target_epsilon is not None and settings.clip_norm is not None:
@@ -111,6 +152,9 @@ def make_plan(
         mechanism=settings.mechanism,
         rounds=settings.rounds,
         schedule=schedule,
+        coefficients=_coefficients(schedule) if schedule and not local else None,
+        records=settings.records if local else None,
+        record_rate=settings.record_rate if local else None,
         sampling_rate=settings.sampling_rate if schedule is None else 1 / schedule.separation,
         clip_norm=settings.clip_norm if private else None,
         clip_quantile=settings.clip_quantile,
@@ -146,6 +190,17 @@ def _least_noise(
             devices=devices,
             dimension=dimension,
         ).noise_multiplier
+    if settings.mechanism == "local":
+        return calibrate_local(
+            target_epsilon=settings.target_epsilon,
+            delta=delta,
+            rounds=schedule.participations,
+            clip_norm=settings.clip_norm,
+            sampling_rate=settings.record_rate,
+            steps=settings.local_steps,
+            records=settings.records,
+            dimension=dimension,
+        ).noise_multiplier
     return calibrate_correlated(
         target_epsilon=settings.target_epsilon,
         delta=delta,
@@ -159,10 +214,14 @@ def _least_noise(
 
 
 def _schedule(rounds: int, separation: int) -> Schedule:
-    """Turns every `separation` rounds, with the coefficients that suit so many."""
-    participations = max(1, math.ceil(rounds / separation))
-    chosen = best_coefficients(max(1, min(separation, rounds)), max(1, rounds), participations, separation)
-    return Schedule(rounds=rounds, separation=separation, participations=participations, coefficients=chosen)
+    """Turns every `separation` rounds."""
+    return Schedule(rounds=rounds, separation=separation, participations=max(1, math.ceil(rounds / separation)))
+
+
+def _coefficients(schedule: Schedule) -> tuple[int, ...]:
+    """Of the noise, as many as suit the turns."""
+    rounds, separation = max(1, schedule.rounds), schedule.separation
+    return best_coefficients(min(separation, rounds), rounds, schedule.participations, separation)
 
 
 def run_federation(

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 
 from stillroom_client.encoder import Encoder
+from stillroom_client.records import MAXIMUM_RECORDS
 from stillroom_client.training import Record, Trainer, native_bfloat16
 from stillroom_server.coordinate import Coordinator
 from stillroom_server.teacher import TeacherVectors, load_teacher
@@ -140,15 +141,22 @@ class RunContext:
             partial.replace(path)
         return np.asarray(np.load(path, allow_pickle=False))
 
-    def records(self, candidates: int) -> dict[str, list[Record]]:
-        """Every device's training records, mined once for both federations."""
-        known: dict[int, dict[str, list[Record]]] = self.__dict__.setdefault("_records", {})
-        if candidates not in known:
-            homes = list(self.homes.values())
-            known[candidates] = mine_population(
-                homes, self.release, candidates=candidates, threads=self.settings.speed.threads
+    def records(self, rounds: RoundsSettings) -> dict[str, list[Record]]:
+        """Every device's training records, mined once for all federations that train on the same ones."""
+        local = rounds.mechanism == "local"
+        how = (rounds.candidates, local, rounds.records if local else MAXIMUM_RECORDS)
+        known: dict[tuple[int, bool, int], dict[str, list[Record]]] = self.__dict__.setdefault("_records", {})
+        if how not in known:
+            candidates, one_per_query, most = how
+            known[how] = mine_population(
+                list(self.homes.values()),
+                self.release,
+                candidates=candidates,
+                threads=self.settings.speed.threads,
+                one_per_query=one_per_query,
+                most=most,
             )
-        return known[candidates]
+        return known[how]
 
     def coordinator(self, name: str) -> Coordinator:
         """A finished federation, for reading."""

@@ -57,8 +57,11 @@ def test_an_attempt_is_never_answered_twice(tmp_path: Path) -> None:
 
 
 def turn(round_number: int, attempt: int = 1, **changes: object) -> RoundOrder:
-    schedule = {"rounds": 9, "separation": 3, "participations": 2, "coefficients": [1024, 512, 256]} | changes
-    return order(mechanism="correlated", schedule=schedule, round=round_number, attempt=attempt, sampling_rate=1 / 3)
+    schedule = {"rounds": 9, "separation": 3, "participations": 2} | changes
+    return order(
+        mechanism="correlated", schedule=schedule, coefficients=(1024, 512, 256), round=round_number, attempt=attempt,
+        sampling_rate=1 / 3,
+    )  # fmt: skip
 
 
 def test_turns_that_come_too_early_or_too_often_are_declined(tmp_path: Path) -> None:

@@ -14,7 +14,6 @@ from torch import nn
 from stillroom_client.device import Device
 from stillroom_client.encoder import Encoder
 from stillroom_client.private_training import (
-    IntegerOptimizer,
     PrivateTrainer,
     per_record_gradients,
     require_one_row_each,
@@ -90,10 +89,10 @@ def bounded_sum(
     trainer: PrivateTrainer, adapter: Adapter, records: list[Record], mechanism: Local
 ) -> NDArray[np.int64]:
     """What a step noises, when every coin falls on its record."""
-    set_adapter(trainer._wrapped, adapter)
-    optimizer = IntegerOptimizer(trainer.parameters, mechanism, learning_rate=1.0, randomness=Randomness())
-    trainer.accumulate(optimizer, records, TEMPERATURE)
-    return optimizer.total
+    total = np.zeros(mechanism.dimension, np.int64)
+    for gradient in trainer.gradients(adapter, records, TEMPERATURE):
+        total += mechanism.bound(gradient)
+    return total
 
 
 def test_each_gradient_is_that_of_its_record_alone(trainer: PrivateTrainer, tiny_adapter: Adapter) -> None:
@@ -184,6 +183,21 @@ class TestNeighbouringRecords:
         expected = bounded_sum(trainer, tiny_adapter, [records[0], records[2]], mechanism)
         np.testing.assert_array_equal(found, expected)
 
+    @pytest.mark.parametrize(
+        "broken",
+        [
+            pytest.param(Record((5, 10**6), random_records(1, 14)[0].candidates), id="before the first layer"),
+            pytest.param(Record((5, 6), np.ones((5, 7), np.float16)), id="after the last layer"),
+        ],
+    )
+    def test_a_record_on_which_the_tower_fails_contributes_zero_and_withdraws_no_other(
+        self, trainer: PrivateTrainer, tiny_adapter: Adapter, broken: Record
+    ) -> None:
+        """A device that gives up because of one query differs from its neighbour by all of its queries."""
+        records, mechanism = random_records(3, 15), local(tiny_adapter.spec.size)
+        found = bounded_sum(trainer, tiny_adapter, [records[0], broken, *records[1:]], mechanism)
+        np.testing.assert_array_equal(found, bounded_sum(trainer, tiny_adapter, records, mechanism))
+
     def test_with_the_same_coins_and_noise_a_release_differs_by_the_record_alone(
         self, trainer: PrivateTrainer, tiny_adapter: Adapter
     ) -> None:
@@ -236,8 +250,8 @@ class TestNoise:
         for steps in (1, 3):
             mechanism = local(trainer.spec.size, steps=steps)
             values = np.concatenate([self.update(trainer, zero, mechanism, f"{steps} {n}") for n in range(40 // steps)])
-            step = mechanism.events()[0].noise_multiplier * 0.05 / (0.5 * 16)
-            expected = step * np.sqrt(len(mechanism.events()))
+            step = mechanism.event().noise_multiplier * 0.05 / (0.5 * 16)
+            expected = step * np.sqrt(mechanism.event().releases)
             error = 4 * expected / np.sqrt(2 * len(values))
             assert abs(values.std() - expected) < error
             assert abs(values.std() - 0.9 * expected) > error
@@ -255,56 +269,51 @@ class TestNoise:
 
     def test_a_sum_is_noised_once(self, trainer: PrivateTrainer, tiny_adapter: Adapter) -> None:
         """A sum that stays after its step is released again by the next one, which is charged for one batch only."""
-        set_adapter(trainer._wrapped, tiny_adapter)
-        optimizer = IntegerOptimizer(
-            trainer.parameters, local(trainer.spec.size), learning_rate=1.0, randomness=Randomness()
-        )
-        trainer.accumulate(optimizer, random_records(2, 8), TEMPERATURE)
-        assert optimizer.total.any()
-        optimizer.step()
-        assert not optimizer.total.any()
+        records, once = random_records(1, 8), 0.05 / 16
+        moved = []
+        for steps in (1, 2):
+            mechanism = local(trainer.spec.size, sampling_rate=1.0, steps=steps, noise_multiplier=1e-9, clip_norm=0.05)
+            change = trainer.update(
+                tiny_adapter, records, mechanism, learning_rate=1.0, temperature=TEMPERATURE, randomness=Randomness()
+            )
+            moved.append(float(np.linalg.norm(change)))
+        assert moved[0] == pytest.approx(once, rel=1e-3), "the gradient is longer than the clip norm"
+        assert moved[1] <= 2 * once * 1.001
 
 
 class TestRefusals:
     """One row for each record, checked at run time; the culprit is named."""
 
-    @pytest.fixture
-    def optimizer(self, trainer: PrivateTrainer) -> IntegerOptimizer:
-        return IntegerOptimizer(
-            trainer.parameters, local(trainer.spec.size), learning_rate=1.0, randomness=Randomness()
-        )
-
-    def test_candidates_as_rows(self, trainer: PrivateTrainer, optimizer: IntegerOptimizer) -> None:
+    def test_candidates_as_rows(self, trainer: PrivateTrainer) -> None:
         """A query packed with its K passages is clipped as K + 1 records: K + 1 times the sensitivity."""
         packed = [tokens for record in random_records(2, 9) for tokens in (record.tokens, (5, 6), (7, 8))]
         query_vectors(trainer.tower, packed).sum().backward()  # type: ignore[no-untyped-call]
         with pytest.raises(PrivacyError, match=r"layer\.0\.query\.B: Opacus saw 6 rows for 2 records"):
-            optimizer.accumulate(records=2)
-        assert not optimizer.total.any()
+            trainer.take(2)
 
-    def test_one_row_for_several_records(self, trainer: PrivateTrainer, optimizer: IntegerOptimizer) -> None:
+    def test_one_row_for_several_records(self, trainer: PrivateTrainer) -> None:
         """Fewer rows than records is the same fault in the other direction: one clip for all of them."""
         trainer.backward(random_records(1, 10), TEMPERATURE)
         with pytest.raises(PrivacyError, match="1 rows for 3 records"):
-            optimizer.accumulate(records=3)
+            trainer.take(3)
 
-    def test_passes_that_pile_up(self, trainer: PrivateTrainer, optimizer: IntegerOptimizer) -> None:
+    def test_passes_that_pile_up(self, trainer: PrivateTrainer) -> None:
         """Opacus keeps a list then, whose rows no longer match the records of a pass."""
         for record in random_records(2, 11):
             trainer.backward([record], TEMPERATURE)
         with pytest.raises(PrivacyError, match=r"layer\.0\.query\.B holds the gradients of 2 passes"):
-            optimizer.accumulate(records=2)
+            trainer.take(2)
 
-    def test_a_pass_that_nobody_took_over(self, trainer: PrivateTrainer, optimizer: IntegerOptimizer) -> None:
-        """A step that leaves gradients behind would release a batch other than the coins say."""
+    def test_a_pass_that_nobody_took_over(self, trainer: PrivateTrainer, tiny_adapter: Adapter) -> None:
+        """A gradient that is left behind would enter the sum with the next record, as one of twice the length."""
         trainer.backward(random_records(1, 12), TEMPERATURE)
-        with pytest.raises(PrivacyError, match="not accumulated"):
-            optimizer.step()
+        with pytest.raises(PrivacyError, match="gradients of 2 passes"):
+            self.update(trainer, tiny_adapter)
 
-    def test_no_pass_at_all(self, optimizer: IntegerOptimizer) -> None:
+    def test_no_pass_at_all(self, trainer: PrivateTrainer) -> None:
         """A parameter that Opacus did not see has a gradient that nobody clipped."""
         with pytest.raises(PrivacyError, match=r"layer\.0\.query\.B has no gradient for each record.*1 were expected"):
-            optimizer.accumulate(records=1)
+            trainer.take(1)
 
     def test_evaluation_mode(self, trainer: PrivateTrainer, tiny_adapter: Adapter) -> None:
         """Opacus catches no activations then."""

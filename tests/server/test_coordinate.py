@@ -269,9 +269,10 @@ def test_the_clip_norm_follows_the_norms(make_home: Callable[..., Path]) -> None
         assert all(event.dimension == coordinator.spec.size + 1 for event in coordinator.ledger.events())
 
 
-SCHEDULE = Schedule(rounds=5, separation=3, participations=2, coefficients=(1024, 512, 256))
+SCHEDULE = Schedule(rounds=5, separation=3, participations=2)
 TURNS = {
     "mechanism": "correlated", "rounds": 5, "sampling_rate": 1 / 3, "schedule": SCHEDULE, "noise_multiplier": 2.0,
+    "coefficients": (1024, 512, 256),
 }  # fmt: skip
 
 

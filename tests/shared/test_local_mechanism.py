@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pytest
@@ -15,11 +15,9 @@ from tests.references.gaussian import exact_norm_at_most
 
 from stillroom_shared.accounting import SampledGaussian, epsilon
 from stillroom_shared.errors import BudgetError, ProtocolError
-from stillroom_shared.ledger import Ledger
-from stillroom_shared.local_mechanism import Local, calibrate_local, charge
+from stillroom_shared.local_mechanism import Local, calibrate_local, descend, noise_alone
 from stillroom_shared.mechanism import RESOLUTION
 from stillroom_shared.randomness import Randomness
-from stillroom_shared.signing import SigningKey
 
 DIMENSION = 200
 
@@ -73,7 +71,7 @@ def test_a_release_has_the_noise_of_its_event_and_a_public_denominator() -> None
     """An empty batch shows the noise alone. Noise or denominator off by a tenth must be rejected."""
     mechanism = local(dimension=20_000)
     released = mechanism.release(np.zeros(20_000, np.int64), Randomness(seed="empty batch"))
-    expected = mechanism.events()[0].noise_multiplier * 0.3 / (0.25 * 16)
+    expected = mechanism.event().noise_multiplier * 0.3 / (0.25 * 16)
     standard_error = expected / np.sqrt(2 * len(released))
     assert abs(released.std() - expected) < 4 * standard_error
     assert abs(released.std() - 0.9 * expected) > 4 * standard_error
@@ -109,8 +107,11 @@ def test_a_round_costs_every_step_at_the_rate_of_records() -> None:
     """A round that is charged as one release hides steps - 1 of them."""
     mechanism = local()
     step = SampledGaussian(noise_multiplier=2.0, sampling_rate=0.25, sigma=2 * RESOLUTION, dimension=DIMENSION)
-    assert mechanism.events() == (step,) * 4
-    assert epsilon(mechanism.events(), 1e-5) > 1.5 * epsilon([step], 1e-5)
+    assert epsilon([mechanism.event()], 1e-5) == epsilon([step] * 4, 1e-5)
+    assert epsilon([mechanism.event()], 1e-5) > 1.5 * epsilon([step], 1e-5)
+    assert epsilon([mechanism.event(participations=3, rounds=9)], 1e-5) == epsilon([step] * 12, 1e-5)
+    assert mechanism.event(participations=3).distance == 12 * step.distance
+    assert epsilon([mechanism.event(), step], 1e-5, "RDP") == epsilon([step] * 5, 1e-5, "RDP")
 
 
 def test_calibration_counts_rounds_times_steps() -> None:
@@ -119,7 +120,8 @@ def test_calibration_counts_rounds_times_steps() -> None:
         target_epsilon=4.0, delta=1e-5, rounds=5, clip_norm=0.3, sampling_rate=0.25, steps=4, records=16,
         dimension=DIMENSION,
     )  # fmt: skip
-    assert 3.96 < epsilon(mechanism.events() * 5, 1e-5) <= 4.0
+    assert 3.96 < epsilon([mechanism.event()] * 5, 1e-5) <= 4.0
+    assert epsilon([mechanism.event(participations=5)], 1e-5) == epsilon([mechanism.event()] * 5, 1e-5)
     assert (mechanism.steps, mechanism.records, mechanism.clip_norm) == (4, 16, 0.3)
 
 
@@ -149,30 +151,38 @@ def test_impossible_plans_are_refused_with_the_reason() -> None:
             calibrate_local(target_epsilon=target, rounds=rounds, steps=steps, **plan)  # type: ignore[arg-type]
 
 
-def test_the_ledger_composes_over_rounds_and_restarts(tmp_path: Path) -> None:
-    """A privacy engine made anew each round starts from epsilon zero: this one is a file."""
-    mechanism, key, delta = local(), SigningKey.generate(), 1e-5
-    for number in (1, 2):  # a process each: nothing but the file and the key is carried over
-        with Ledger.create(tmp_path / "ledger.sqlite3", key=key, about={"device": True}) as ledger:
-            charge(ledger, mechanism, {"round": number, "attempt": 1})
-    with Ledger.open(tmp_path / "ledger.sqlite3", public_key=key.public) as ledger:
-        ledger.verify()
-        spent = ledger.events()
-    assert spent == list(mechanism.events() * 2)
-    assert epsilon(spent, delta) == epsilon(mechanism.events() * 2, delta)
-    assert epsilon(spent, delta) > 1.2 * epsilon(mechanism.events(), delta)
+def linear(values: np.ndarray, chosen: Sequence[Sequence[np.ndarray]]) -> Iterator[tuple[int, np.ndarray]]:
+    """Each record is its own gradient."""
+    for device, own in enumerate(chosen):
+        yield from ((device, record) for record in own)
 
 
-def test_an_attempt_is_charged_before_it_is_answered_and_once(tmp_path: Path) -> None:
-    """Two answers to one attempt are two releases under one charge, also after a crash between two steps."""
-    mechanism, key = local(), SigningKey.generate()
-    with Ledger.create(tmp_path / "ledger.sqlite3", key=key, about={"device": True}) as ledger:
-        charge(ledger, mechanism, {"round": 1})
-        with pytest.raises(BudgetError, match="charged already"):
-            charge(ledger, mechanism, {"round": 1})
-        ledger.spend(mechanism.events()[0], budget=None, purpose={"round": 2, "step": 1})  # and then it crashed
-        with pytest.raises(BudgetError, match="charged already"):
-            charge(ledger, mechanism, {"round": 2})
-        assert len(ledger.events()) == mechanism.steps + 1
-        with pytest.raises(BudgetError, match="names a step"):
-            charge(ledger, mechanism, {"round": 3, "step": 1})
+def test_a_device_beside_others_gets_what_it_would_get_alone() -> None:
+    """Noise, coins or sums that are shared between simulated devices would be another mechanism."""
+    mechanism, generator = local(), np.random.default_rng(1)
+    start = generator.normal(size=DIMENSION).astype(np.float32)
+    records = [[generator.normal(size=DIMENSION).astype(np.float32) for _ in range(n)] for n in (5, 0, 16)]
+
+    def streams() -> list[Randomness]:
+        return [Randomness(seed=f"{device}") for device in range(3)]
+
+    together = descend(mechanism, start, records, linear, learning_rate=0.5, randomness=streams())
+    for device, stream in enumerate(streams()):
+        alone = descend(mechanism, start, [records[device]], linear, learning_rate=0.5, randomness=[stream])
+        np.testing.assert_array_equal(together[device], alone[0])
+    bare = noise_alone(mechanism, learning_rate=0.5, randomness=streams()[1])
+    np.testing.assert_allclose(together[1], bare, atol=1e-6)
+    assert np.abs(together[0] - together[2]).max() > 1e-3
+
+
+def test_a_record_that_is_zeroed_moves_one_step_by_its_bounded_gradient() -> None:
+    """Neighbours under the same coins and noise, through the loop that devices and simulations run."""
+    mechanism, generator = local(sampling_rate=1.0, steps=1), np.random.default_rng(2)
+    records = [generator.normal(size=DIMENSION).astype(np.float32) * 100 for _ in range(4)]
+    start = np.zeros(DIMENSION, np.float32)
+
+    def update(own: list[np.ndarray]) -> np.ndarray:
+        return descend(mechanism, start, [own], linear, learning_rate=1.0, randomness=[Randomness(seed="n")])[0]
+
+    moved = update(records) - update([*records[:3], np.zeros_like(start)])
+    np.testing.assert_allclose(np.linalg.norm(moved), mechanism.clip_norm / mechanism.denominator, rtol=1e-4)

@@ -78,7 +78,7 @@ def test_every_default_survives_the_trip_through_toml_and_text() -> None:
         ("[rounds]\nnoise_multiplier = true", "rounds.noise_multiplier is True: give number"),
         ("[rounds]\nsampling_rate = 1.5", "rounds.sampling_rate is 1.5: give number, above 0, at most 1"),
         ("[rounds]\nrounds = 2.5", "rounds.rounds is 2.5: give integer"),
-        ("[rounds]\nmechanism = 'local'", "rounds.mechanism is 'local': give none or central"),
+        ("[rounds]\nmechanism = 'distant'", "rounds.mechanism is 'distant': give none or central"),
         ("[distil]\nlayers = [0, 'two']", "distil.layers is 'two': give list of integer"),
         ("[distil]\nlayers = []", "distil.layers is []: give list of integer, not empty"),
         ("[corpus]\nscale = 'tiny'", "corpus.scale is 'tiny': give small or full"),

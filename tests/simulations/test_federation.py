@@ -10,20 +10,30 @@ import pytest
 from stillroom_client.app import HOME_KEY, client_app
 from stillroom_client.device import Device
 from stillroom_client.participation import LEDGER_FILE, Consent
+from stillroom_client.private_training import PrivateTrainer
 from stillroom_client.training import Trainer
 from stillroom_server.app import HOME_KEY as COORDINATOR_HOME
 from stillroom_server.app import server_app
 from stillroom_server.coordinate import KEY_FILE, Coordinator
 from stillroom_server.plan import Plan
 from stillroom_shared.accounting import epsilon
+from stillroom_shared.adapter import Adapter
 from stillroom_shared.corpus import Passage
 from stillroom_shared.errors import StillroomError
 from stillroom_shared.ledger import Ledger
+from stillroom_shared.local_mechanism import Local, descend
+from stillroom_shared.randomness import Randomness
 from stillroom_shared.release import Release
 from stillroom_shared.settings import RoundsSettings
 from stillroom_shared.signing import SigningKey
 from stillroom_simulations.engine import InProcessGrid, run_server_app
-from stillroom_simulations.federation import BatchedUpdates, make_plan, mine_population, run_federation
+from stillroom_simulations.federation import (
+    BatchedUpdates,
+    batched_gradients,
+    make_plan,
+    mine_population,
+    run_federation,
+)
 
 ROUNDS = RoundsSettings(
     rounds=2, sampling_rate=1.0, noise_multiplier=1.0, budget_epsilon=100.0, candidates=3, delta=1e-3
@@ -126,3 +136,82 @@ def test_a_target_epsilon_is_calibrated_and_the_baseline_has_no_noise(tiny_relea
     assert plan.noise_multiplier > 0.5
     baseline = RoundsSettings(mechanism="none", clip_norm=None, noise_multiplier=None)
     assert plan_for(tiny_release, baseline).noise_multiplier is None
+
+
+LOCAL = RoundsSettings(
+    mechanism="local",
+    rounds=4,
+    separation=2,
+    records=4,
+    record_rate=0.5,
+    local_steps=2,
+    noise_multiplier=None,
+    target_epsilon=3.0,
+    candidates=3,
+)
+
+
+def test_under_local_the_devices_ledgers_hold_what_the_statement_says_against_everybody(
+    tmp_path: Path, tiny_release: Release, signing_key: SigningKey
+) -> None:
+    """A cost that the coordinator states and no device enforces rests on trust in the coordinator, who is an adversary."""
+    homes = settle(tmp_path / "devices", tiny_release)
+    for home in homes:
+        Consent(mechanisms=("local",)).save(home)
+    records = mine_population(homes, tiny_release, candidates=3, threads=1, one_per_query=True, most=4)
+    updates = BatchedUpdates(Trainer(tiny_release.folder, tiny_release.adapter_spec), records, seed="s")
+    plan = plan_for(tiny_release, LOCAL)
+    run_federation(tmp_path / "f", plan, homes, updates, operator=signing_key, block=3)
+    with Coordinator(tmp_path / "f") as coordinator:
+        made, run = coordinator.statement(), coordinator.ledger.events()
+    assert plan.delta == 1 / (10 * 4 * 4), "as many queries as there may be"
+    assert (made.unit, made.mechanism, made.rounds, made.participations) == ("query", "local", 4, 2)
+    assert 2.9 < made.epsilon_pld <= 3.0
+    assert set(made.against.values()) == {made.epsilon_pld}
+    assert len(run) == 1
+    for home in homes:
+        with Ledger.open(home / LEDGER_FILE) as ledger:
+            own = ledger.events()
+        assert len(own) == 2
+        assert epsilon(own, plan.delta) == made.epsilon_pld
+
+
+def test_both_sources_of_gradients_agree_and_so_do_the_updates(tiny_release: Release, tmp_path: Path) -> None:
+    """Figures of a simulation whose gradients are not the device's would be about another mechanism."""
+    spec = tiny_release.adapter_spec
+    homes = settle(tmp_path, tiny_release)
+    records = list(mine_population(homes, tiny_release, candidates=3, threads=1, one_per_query=True, most=4).values())
+    values = np.random.default_rng(3).normal(size=(4, spec.size)).astype(np.float32) * np.float32(0.3)
+    trainer, private = Trainer(tiny_release.folder, spec), PrivateTrainer(tiny_release.folder, spec)
+    batched = list(batched_gradients(trainer, values, records, 0.1))
+    alone = [
+        (device, gradient)
+        for device, own in enumerate(records)
+        for gradient in private.gradients(Adapter(spec, values[device]), own, 0.1)
+    ]
+    assert [device for device, _ in batched] == [device for device, _ in alone]
+    assert len(batched) > len(homes)
+    longest = max(float(np.linalg.norm(gradient)) for _, gradient in alone)
+    for (_, one), (_, other) in zip(batched, alone, strict=True):
+        assert np.linalg.norm(one - other) < 1e-5 * longest
+
+    mechanism = Local(
+        clip_norm=0.3, noise_multiplier=1.0, sampling_rate=0.7, steps=1, records=4, dimension=spec.size
+    )  # fmt: skip
+    start = Adapter(spec, values[0])
+
+    def streams() -> list[Randomness]:
+        return [Randomness(seed=f"device {device}") for device in range(len(homes))]
+
+    together = descend(
+        mechanism,
+        start.values,
+        records,
+        lambda iterates, chosen: batched_gradients(trainer, iterates, chosen, 0.1),
+        learning_rate=0.5,
+        randomness=streams(),
+    )
+    for device, stream in enumerate(streams()):
+        own = private.update(start, records[device], mechanism, learning_rate=0.5, temperature=0.1, randomness=stream)
+        np.testing.assert_allclose(together[device], own, atol=1e-6)
+    assert np.abs(together).max() > 1e-3
