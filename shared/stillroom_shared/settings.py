@@ -83,6 +83,11 @@ class RoundsSettings(Group):
         ge=1,
         description="under `correlated` and `local`: a device's turn comes every so many rounds; 1: every round",
     )
+    bands: int | None = Field(
+        None,
+        ge=1,
+        description="under `correlated`: rounds whose noise is correlated; none: the best number; 1: fresh noise",
+    )
     records: int = Field(
         10, ge=1, le=1 << 20, description="under `local`: most queries that a device trains on, its latest"
     )

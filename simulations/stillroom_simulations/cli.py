@@ -26,7 +26,7 @@ def register(app: typer.Typer) -> None:
     app.add_typer(group)
     measured = typer.Typer(name="bench", help="Measure the figures of record.", no_args_is_help=True)
     measured.command("demo")(bench_demo)
-    measured.callback()(lambda: None)
+    measured.command("privacy")(bench_privacy)
     app.add_typer(measured)
 
 
@@ -152,12 +152,47 @@ def bench_demo(
     from stillroom_shared.settings import load_settings
     from stillroom_simulations.bench import bench_demo as measure
 
+    settings = load_settings(None, {"corpus.scale": scale} | _pairs(changes or []))
+    measure(settings, seeds=_numbers(seeds), folder=folder, out=out, console=Console(highlight=False))
+
+
+def bench_privacy(
+    seeds: Annotated[str, typer.Option(help="Seeds, comma-separated.")] = "0,1,2",
+    data: Annotated[
+        list[Path] | None, typer.Option(help="A BEIR-layout folder to measure on too; may be repeated.")
+    ] = None,
+    families: Annotated[
+        str, typer.Option(help="Which to measure, comma-separated.")
+    ] = "central,correlated,turns,local",
+    folder: Annotated[Path, typer.Option(help="Where the runs go; that of `bench demo` spares distilling.")] = Path(
+        "runs/bench"
+    ),
+    out: Annotated[Path, typer.Option(help="The benchmark file to write.")] = Path("benchmarks/results/privacy.json"),
+    chart: Annotated[Path, typer.Option(help="The picture to draw.")] = Path("docs/images/privacy.svg"),
+    scale: Annotated[str, typer.Option(help="How much text: small or full.")] = "full",
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one setting; may be repeated.")
+    ] = None,
+) -> None:
+    """Measure what each mechanism costs in quality at each epsilon, and draw it; the same folder again resumes."""
+    _only_our_own_progress()
+    from rich.console import Console
+
+    from stillroom_shared.settings import load_settings
+    from stillroom_simulations.utility import bench_privacy as measure
+
+    settings = load_settings(None, {"corpus.scale": scale} | _pairs(changes or []))
+    measure(
+        settings, seeds=_numbers(seeds), data=data or [], families=families.split(","), folder=folder, out=out, chart=chart,
+        console=Console(highlight=False),
+    )  # fmt: skip
+
+
+def _numbers(seeds: str) -> list[int]:
     try:
-        numbers = [int(seed) for seed in seeds.split(",")]
+        return [int(seed) for seed in seeds.split(",")]
     except ValueError:
         raise SettingsError(f"--seeds {seeds!r} is no list of whole numbers: write it as 0,1,2") from None
-    settings = load_settings(None, {"corpus.scale": scale} | _pairs(changes or []))
-    measure(settings, seeds=numbers, folder=folder, out=out, console=Console(highlight=False))
 
 
 def _pairs(changes: list[str]) -> dict[str, str]:

@@ -28,7 +28,7 @@ from stillroom_server.coordinate import KEY_FILE, RoundReport
 from stillroom_server.plan import Plan
 from stillroom_shared.adapter import Adapter
 from stillroom_shared.correlated import calibrate_correlated
-from stillroom_shared.errors import StillroomError
+from stillroom_shared.errors import SettingsError, StillroomError
 from stillroom_shared.local_mechanism import calibrate_local, descend
 from stillroom_shared.local_rounds import LocalRounds
 from stillroom_shared.mechanism import calibrate
@@ -152,7 +152,7 @@ def make_plan(
         mechanism=settings.mechanism,
         rounds=settings.rounds,
         schedule=schedule,
-        coefficients=_coefficients(schedule) if schedule and not local else None,
+        coefficients=_coefficients(schedule, settings.bands) if schedule and not local else None,
         records=settings.records if local else None,
         record_rate=settings.record_rate if local else None,
         sampling_rate=settings.sampling_rate if schedule is None else 1 / schedule.separation,
@@ -218,10 +218,14 @@ def _schedule(rounds: int, separation: int) -> Schedule:
     return Schedule(rounds=rounds, separation=separation, participations=max(1, math.ceil(rounds / separation)))
 
 
-def _coefficients(schedule: Schedule) -> tuple[int, ...]:
-    """Of the noise, as many as suit the turns."""
-    rounds, separation = max(1, schedule.rounds), schedule.separation
-    return best_coefficients(min(separation, rounds), rounds, schedule.participations, separation)
+def _coefficients(schedule: Schedule, bands: int | None) -> tuple[int, ...]:
+    """Of the noise: `bands` of them, by default as many as suit the turns, and never more than there are between two."""
+    rounds, most = max(1, schedule.rounds), min(schedule.separation, max(1, schedule.rounds))
+    if bands is not None and bands > most:
+        raise SettingsError(
+            f"bands {bands}: noise may be correlated over at most {most} rounds, those from one turn of a device to its next"
+        )
+    return best_coefficients(bands or most, rounds, schedule.participations, schedule.separation)
 
 
 def run_federation(

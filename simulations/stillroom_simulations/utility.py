@@ -30,6 +30,7 @@ import torch
 from numpy.typing import NDArray
 
 from stillroom_client.encoder import Encoder
+from stillroom_shared.errors import SettingsError
 from stillroom_shared.progress import Progress, Stage
 from stillroom_shared.settings import RoundsSettings, Settings
 from stillroom_shared.statement import READERS
@@ -78,11 +79,16 @@ Outcomes = Mapping[str, Outcome]
 """By arm; `teacher` and `student` stand beside the arms."""
 
 
-def arms(settings: Settings) -> dict[str, RoundsSettings]:
-    """The rounds of every arm, by name: those of the settings, with the mechanism and the epsilon of the arm."""
+def arms(settings: Settings, families: Sequence[str] = tuple(EPSILONS)) -> dict[str, RoundsSettings]:
+    """The rounds of every arm, by name: those of the settings, with the mechanism and the epsilon of the arm.
+
+    Raises `SettingsError` on a family that is unknown.
+    """
+    if unknown := set(families) - set(EPSILONS):
+        raise SettingsError(f"families {sorted(unknown)} are unknown: choose among {', '.join(EPSILONS)}")
     found = {NONPRIVATE: settings.nonprivate}
-    for family, epsilons in EPSILONS.items():
-        for target in epsilons:
+    for family in families:
+        for target in EPSILONS[family]:
             noise = {"noise_multiplier": None, "target_epsilon": target, "budget_epsilon": target}
             found[f"{family}-{target:g}"] = RoundsSettings.model_validate(
                 settings.rounds.model_dump() | dict(_CHANGES[family]) | noise
@@ -95,6 +101,7 @@ def bench_privacy(
     *,
     seeds: Sequence[int],
     data: Sequence[Path],
+    families: Sequence[str],
     folder: Path,
     out: Path,
     chart: Path,
@@ -114,7 +121,7 @@ def bench_privacy(
             runs.append(DemoRun(own.model_copy(update={"corpus": corpus}), folder / f"{source.name}-seed-{seed}"))
         for run in runs:
             console.print(f"{run.out}", markup=False)
-            name, found = run_arms(run, console)
+            name, found = run_arms(run, arms(settings, families), console)
             by_corpus.setdefault(name, []).append(found)
             corpora[name] = describe(run)
     content = benchmark(by_corpus, corpora, seeds) | {
@@ -128,9 +135,8 @@ def bench_privacy(
     chart.write_text(utility_chart_svg(content))
 
 
-def run_arms(run: DemoRun, console: Console) -> tuple[str, Outcomes]:
+def run_arms(run: DemoRun, wanted: Mapping[str, RoundsSettings], console: Console) -> tuple[str, Outcomes]:
     """The name of the run's corpus, and what came of every arm; what is done already is read."""
-    wanted = arms(run.settings)
     progress = Progress(_FORECAST | dict.fromkeys(wanted, _SECONDS_OF_AN_ARM) | {"levels": 20.0}, console=console)
     preparation = dict(run.stages())
     for name in _STAGES:
