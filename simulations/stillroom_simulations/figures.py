@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from stillroom_shared.statement import printed_epsilon
+from stillroom_shared.statement import READERS, printed_epsilon
+from stillroom_simulations.utility_chart import FAMILIES
 
 _BLOCK = re.compile(r"(<!-- figures: (?P<file>\S+) -->\n).*?(<!-- end of figures -->)", re.DOTALL)
 _QUALITY = {
@@ -22,6 +23,11 @@ _QUALITY = {
     "federated_nonprivate": "after non-private rounds",
     "central": "after central fine-tuning",
     "device": "on the device: int8 towers, quantized index, private adapter",
+}
+_LEVELS = {
+    "teacher": "teacher, float32, exact search",
+    "student": "query tower before any round",
+    "nonprivate": "after non-private rounds",
 }
 _GOALS = {
     "student_to_teacher": "distilled query tower / teacher",
@@ -42,6 +48,61 @@ def refresh(page: str, root: Path) -> str:
 
 
 def render(benchmark: dict[str, Any]) -> str:
+    """The tables of a benchmark file, and the lines that say what they were measured on."""
+    return _of_privacy(benchmark) if benchmark["name"] == "privacy" else _of_demo(benchmark)
+
+
+def _of_privacy(benchmark: dict[str, Any]) -> str:
+    """A row for each arm, a column for each corpus: the share of the non-private gain; then levels and context."""
+    figures, spent, corpora = benchmark["figures"], benchmark["privacy"], benchmark["corpora"]
+    arms = list(dict.fromkeys(name.rpartition(".")[2] for name in spent))
+    rows = []
+    for arm in arms:
+        family, _, target = arm.rpartition("-")
+        about = next(found for name, found in spent.items() if name.rpartition(".")[2] == arm)
+        shares = [figures.get(f"{corpus}.{arm}.share_of_nonprivate_gain") for corpus in corpora]
+        goals = {f"{share['goal']}" for share in shares if share and "goal" in share}
+        cells = [_judged(share) if share else "not measured" for share in shares]
+        others = "; ".join(
+            f"{who} {'none' if value is None else printed_epsilon(value)}" for who, value in about["against"].items()
+        )
+        rows.append(
+            f"| {FAMILIES[family]} | {target} | {about['unit']} | {others} | {' | '.join(cells)} | {' '.join(goals)} |"
+        )
+    levels = [
+        f"| {words} | " + " | ".join(_cell(figures[f"{corpus}.{level}.ndcg_at_10"]) for corpus in corpora) + " |"
+        for level, words in _LEVELS.items()
+    ]
+    names = " | ".join(corpora)
+    deltas = sorted({f"{found['delta']:.1e}" for found in spent.values()})
+    return "\n".join(
+        [
+            f"| mechanism | target | unit | epsilon on {next(iter(corpora))} against | {names} | goal |",
+            f"|---|---|---|---|{'---|' * len(corpora)}---|",
+            *rows,
+            "",
+            f"| nDCG@10 over all private passages, test queries | {names} |",
+            f"|---|{'---|' * len(corpora)}",
+            *levels,
+            "",
+            *(
+                f"{name} ({about['hash'][:12]}): {about['passages']:,} passages, {about['queries']['train']:,} training and "
+                f"{about['queries']['test']:,} test queries, {about['devices']:,} devices."
+                for name, about in corpora.items()
+            ),
+            f"Targets are epsilon against {READERS} (user level, under local query level), delta {' or '.join(deltas)}; "
+            f"against the coordinator: none, but under local the same. {len(benchmark['seeds'])} seeds. "
+            f"Measured with `{benchmark['command']}` at {benchmark['commit']}.",
+        ]
+    )
+
+
+def _judged(share: dict[str, Any]) -> str:
+    """A share with its interval, and what came of its goal where it has one."""
+    return _cell(share, places=2) + ({True: ", holds", False: ", missed"}[share["holds"]] if "goal" in share else "")
+
+
+def _of_demo(benchmark: dict[str, Any]) -> str:
     """Both tables and the line that says what they were measured on."""
     figures, privacy, corpus = benchmark["figures"], benchmark["privacy"], benchmark["corpus"]
     quality = [f"| {words} | {_cell(figures[f'{name}.ndcg_at_10'])} |" for name, words in _QUALITY.items()]
@@ -69,9 +130,9 @@ def render(benchmark: dict[str, Any]) -> str:
     )
 
 
-def _cell(figure: dict[str, Any]) -> str:
+def _cell(figure: dict[str, Any], *, places: int = 4) -> str:
     low, high = figure["interval"]
-    return f"{figure['value']:.4f} ({low:.4f} to {high:.4f})"
+    return f"{figure['value']:.{places}f} ({low:.{places}f} to {high:.{places}f})"
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ a run each arm is a federation of its own. The figure is the share of the non-pr
 
     mean(nDCG@10 of the arm - of the student) / mean(nDCG@10 of the non-private arm - of the student)
 
-on the test queries, over all private passages, paired over queries and seeds. The non-private arm is unclipped and has its own
+on the test queries, over all private passages, paired over queries and seeds; none where that gain may be nothing. The non-private arm is unclipped and has its own
 settings. A goal holds when the whole interval does.
 
 | arm | unit | who is in a round's cohort |
@@ -194,11 +194,13 @@ def benchmark(
         for name, scores in stacked.items():
             figures[f"{corpus}.{name}.ndcg_at_10"] = figure(interval_of_mean(scores, generator=generator), "nDCG@10")
         gain = stacked[NONPRIVATE] - stacked["student"]
+        certain = interval_of_mean(gain, generator=generator).low > 0  # else there is nothing to take a share of
         for name, outcome in outcomes[0].items():
             if outcome.statement is None:
                 continue
-            share = interval_of_ratio(stacked[name] - stacked["student"], gain, generator=generator)
-            figures[f"{corpus}.{name}.share_of_nonprivate_gain"] = figure(share, "ratio", GOALS.get(name))
+            if certain:
+                share = interval_of_ratio(stacked[name] - stacked["student"], gain, generator=generator)
+                figures[f"{corpus}.{name}.share_of_nonprivate_gain"] = figure(share, "ratio", GOALS.get(name))
             spent[f"{corpus}.{name}"] = _spent(outcome.statement)
     return {
         "name": "privacy",

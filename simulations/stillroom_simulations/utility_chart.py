@@ -27,6 +27,8 @@ def utility_chart_svg(benchmark: Mapping[str, Any]) -> str:
     """The content of a benchmark file of `stillroom bench privacy` as a picture that stands alone."""
     body, words, top = "", [], 0.0
     for corpus in benchmark["corpora"]:
+        if not _curves(benchmark, corpus):
+            continue
         drawn, said = _panel(benchmark, corpus, top)
         body += drawn
         words.append(said)
