@@ -6,8 +6,8 @@ a run each arm is a federation of its own. The figure is the share of the non-pr
 
     mean(nDCG@10 of the arm - of the student) / mean(nDCG@10 of the non-private arm - of the student)
 
-on the test queries, over all private passages, paired over queries and seeds; none where that gain may be nothing. The non-private arm is unclipped and has its own
-settings. A goal holds when the whole interval does.
+on the test queries, over all private passages, paired over queries and seeds. There is none where that gain may be nothing.
+The non-private arm is unclipped and has its own settings. A goal holds when the whole interval does.
 
 | arm | unit | who is in a round's cohort |
 |---|---|---|
