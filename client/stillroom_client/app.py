@@ -1,9 +1,11 @@
 """The Flower `ClientApp` of a device. The same object runs in-process, on Ray and on a SuperNode.
 
-The node configuration holds `device-home`. A device answers with a bounded vector of fixed length and nothing else; when it
-declines, has nothing to learn from, or fails, that vector is zero, so that silence tells nothing (DESIGN section 4, rule 2).
-Under `local`, where the coordinator is an adversary, it is noise: what a device without records answers. No record is read
-for it, so it costs nothing, and who declined cannot be told from who had nothing to say.
+The node configuration holds `device-home`. A device answers with a bounded vector of fixed length; when it declines, has
+nothing to learn from, or fails, that vector is zero, so that silence tells nothing (DESIGN section 4, rule 2). Under `local`,
+where the coordinator is an adversary, it is noise: what a device without records answers. No record is read for it, so it
+costs nothing, and who declined cannot be told from who had nothing to say. Where its owner named the federation, its receipt
+stands beside the vector in each of these cases, and lists this attempt in each; it is made before anything of the owner's is
+read.
 
 Flower's deployment engine starts a process for every message, so what only training needs is imported when it trains.
 """
@@ -20,7 +22,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from numpy.typing import NDArray
 
-from stillroom_client.participation import take_part
+from stillroom_client.participation import refuse, take_part
 from stillroom_shared.adapter import Adapter, AdapterSpec
 from stillroom_shared.errors import ProtocolError
 from stillroom_shared.local_mechanism import noise_alone
@@ -111,15 +113,20 @@ def client_app(source: UpdateSource | None = None) -> ClientApp:
         except Exception:
             _log.exception("the order of a round cannot be followed")
             raise ProtocolError(_SAYS_NOTHING) from None
+        receipt = None
         try:
             home = _home(context)
-            updates.check(home, order)
-            take_part(home, order)
+            try:
+                updates.check(home, order)
+                receipt = take_part(home, order)
+            except Exception as error:
+                receipt = refuse(home, order, error)
+                raise
             answer = mechanism.bound(updates.update(home, order, adapter))
         except Exception:  # whatever went wrong stays here: an error report would be a release nobody accounted for
             _log.exception("round %d: this device answers as one that has nothing", order.round)
             answer = nothing(mechanism, order)
-        return Message(update_message(answer), reply_to=message)
+        return Message(update_message(answer, receipt and receipt.model_dump_json()), reply_to=message)
 
     return app
 

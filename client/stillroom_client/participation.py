@@ -6,7 +6,9 @@ from an observer), and an attempt that is already recorded is never answered aga
 Guarantees:
     - Cap and limit are checked inside the transaction that records the spend, over all federations together.
     - The key is saved after the ledger's genesis is on disk, so a key without a ledger always means a loss, never a start.
-    - An attempt that is declined for want of budget is recorded too, at no cost: receipts then look the same either way.
+    - An attempt that is not joined is recorded too, at no cost: receipts then look the same either way. They are made
+      before any document, query or feedback is read, so they cannot depend on them.
+    - A coordinator whose ledger went back in time since this device last answered it gets zeros, until it comes forward.
     - After a loss the ledger begins again with the receipts of a counterpart, and with every row of the damaged file whose
       signature holds; the device then answers only federations whose receipts were replayed.
 """
@@ -24,8 +26,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from stillroom_client.home import Identity
 from stillroom_client.separation import Turn, require_turn
+from stillroom_client.witness import answered, binding, require_forward
 from stillroom_shared.accounting import event_from_json, event_to_json
-from stillroom_shared.errors import BudgetError, LedgerError, LedgerLostError, ProtocolError, SettingsError
+from stillroom_shared.errors import (
+    BudgetError,
+    LedgerError,
+    LedgerLostError,
+    ProtocolError,
+    SettingsError,
+    StillroomError,
+)
 from stillroom_shared.files import exclusive, replace_file
 from stillroom_shared.ledger import Budget, Ledger, Row
 from stillroom_shared.mechanism import MechanismName
@@ -39,6 +49,8 @@ KEY_FILE = "device.key"
 CONSENT_FILE = "consent.json"
 _ABOUT = {"device": True}
 _MOST_DECLINED = 2_000  # a coordinator that asks without end must not fill the disk
+_LONGEST_REASON = 500
+_NOT_JOINED = {"declined", "refused"}
 
 
 class Consent(BaseModel):
@@ -109,13 +121,17 @@ def set_limit(home: Path, epsilon: str, delta: float | None) -> Consent:
     return changed
 
 
-def take_part(home: Path, order: RoundOrder) -> None:
+def take_part(home: Path, order: RoundOrder) -> Receipt | None:
     """Record this participation durably, or decline before anything is spent.
+
+    Returns:
+        The receipt that travels with the update, with this attempt on it; None where the owner named no federation.
 
     Raises:
         BudgetError: the mechanism, its noise, the cap, the limit or the attempt is not agreed to.
         LedgerError: the device's ledger is gone or does not verify, so what was spent is unknown.
-        ProtocolError: the order is for another federation than the device has joined, or older than one it has answered.
+        ProtocolError: the order is for another federation than the device has joined, or older than one it has answered;
+            or the coordinator's ledger went back in time.
     """
     consent = Consent.load(home)
     _require_agreed(consent, order, home)
@@ -139,7 +155,7 @@ def take_part(home: Path, order: RoundOrder) -> None:
     with open_ledger(home) as ledger:
         rows = ledger.rows()
         _require_replayed(rows, order.federation)
-        before = answered(rows, order.federation)
+        before = binding(rows, order.federation)
         if attempt in before:
             raise BudgetError(f"{purpose} was answered already: an attempt is never answered twice")
         if any(earlier > attempt for earlier in before):
@@ -147,13 +163,39 @@ def take_part(home: Path, order: RoundOrder) -> None:
                 f"{purpose} comes after {max(before)} was answered: the order is late, or the coordinator's ledger went back "
                 "in time; it must not release again what it has charged once"
             )
+        require_forward(rows, order.federation, order.ledger)
+        seen = {"ledger": order.ledger.position.model_dump()} if order.ledger else {}
         try:
-            ledger.spend(event, budget=consent.budget, purpose=purpose, allowed=allowed)
-        except BudgetError:
-            declined = [row for row in ledger.rows() if row.kind == "note" and "declined" in row.fields]
-            if len(declined) < _MOST_DECLINED:
-                ledger.record({"declined": purpose, "event": event_to_json(event)})
+            ledger.spend(event, budget=consent.budget, purpose=purpose, allowed=allowed, beside=seen)
+        except BudgetError as error:
+            _note(ledger, {"declined": purpose, "event": event_to_json(event), **seen}, error)
             raise
+        if consent.federation is None:
+            return None
+        return _receipt(home, answered(rows, order.federation) | {attempt: event}, order.federation)
+
+
+def refuse(home: Path, order: RoundOrder, why: Exception) -> Receipt | None:
+    """Record that an order was not followed, and why; what it returns looks as if it had been.
+
+    Raises:
+        LedgerError: the device's ledger is gone or does not verify, so there is nothing to show: that is what the coordinator
+            is to notice.
+    """
+    consent = Consent.load(home)
+    if consent.federation not in (None, order.federation):
+        return None
+    if consent.federation is None and not (home / KEY_FILE).exists():
+        return None  # nothing was spent and nothing will be shown: an order alone makes no ledger
+    event = order.build_mechanism().participation_event()
+    attempt = Attempt(order.round, order.attempt)
+    with open_ledger(home) as ledger:
+        charges = answered(ledger.rows(), order.federation)
+        if attempt not in charges:
+            purpose = _purpose(order.federation, *attempt)
+            if _note(ledger, {"refused": purpose, "event": event_to_json(event)}, why):
+                charges[attempt] = event
+    return None if consent.federation is None else _receipt(home, charges, order.federation)
 
 
 def open_ledger(home: Path) -> Ledger:
@@ -170,16 +212,6 @@ def open_ledger(home: Path) -> Ledger:
     return Ledger.resume(ledger_path, key=SigningKey.load(key_path), about=_ABOUT)
 
 
-def answered(rows: Sequence[Row], federation: str) -> dict[Attempt, Any]:
-    """Every attempt of a federation that this device joined, or declined for want of budget, with its event."""
-    found = {}
-    for row in rows:
-        purpose = row.fields.get("purpose" if row.kind == "spend" else "declined")
-        if purpose and purpose["federation"] == federation:
-            found[Attempt(purpose["round"], purpose["attempt"])] = event_from_json(row.fields["event"])
-    return found
-
-
 def device_receipt(home: Path, federation: str) -> Receipt:
     """What this device tells the coordinator of a federation about its own ledger, and nothing about any other.
 
@@ -187,13 +219,17 @@ def device_receipt(home: Path, federation: str) -> Receipt:
         ProtocolError: the owner named another federation, or none: whoever the node is connected to could then ask for the
             rounds of a federation that is not his.
     """
-    identity = Identity.load(home)
     if (named := Consent.load(home).federation) != federation:
         raise ProtocolError(
             f"no receipt for federation {federation!r}: the owner named {named!r} in {home / CONSENT_FILE}, name it there"
         )
     with open_ledger(home) as ledger:
-        charges: Charges = answered(ledger.rows(), federation)
+        charges = answered(ledger.rows(), federation)
+    return _receipt(home, charges, federation)
+
+
+def _receipt(home: Path, charges: Charges, federation: str) -> Receipt:
+    identity = Identity.load(home)
     key = SigningKey.load(home / KEY_FILE).derive("receipts", federation, identity.trusted_key)
     return issue("device", charges, federation=federation, device=identity.name, key=key)
 
@@ -233,6 +269,16 @@ def recover(home: Path, content: bytes) -> Recovery:
         spends = [(receipt.charges[attempt], _purpose(receipt.federation, *attempt)) for attempt in missing]
         added = ledger.recover(spends, note={"replayed": receipt.federation})
     return Recovery(federation=receipt.federation, witnessed=len(receipt.charges), added=added, salvaged=salvaged)
+
+
+def _note(ledger: Ledger, fields: dict[str, Any], why: Exception) -> bool:
+    """Record an attempt that is not joined; False when there are too many of them already."""
+    earlier = [row for row in ledger.rows() if row.kind == "note" and not row.fields.keys().isdisjoint(_NOT_JOINED)]
+    if len(earlier) >= _MOST_DECLINED:
+        return False
+    reason = str(why)[:_LONGEST_REASON] if isinstance(why, StillroomError) else type(why).__name__
+    ledger.record({**fields, "reason": reason})
+    return True
 
 
 def _require_agreed(consent: Consent, order: RoundOrder, home: Path) -> None:

@@ -9,6 +9,7 @@ Guarantees:
     - Whether and what a round releases does not depend on who answers: silence, an error, a malformed, oversized or
       non-finite update all count as the zero vector, and the denominator is fixed.
     - Each enrolled name takes part at most once in a round, whatever nodes claim that name.
+    - An update counts only while the device's ledger did not go back in time, as its receipts show (`receipts.py`).
 """
 
 from __future__ import annotations
@@ -29,16 +30,27 @@ from flwr.serverapp import Grid
 from stillroom_server.cohort import poisson_cohort
 from stillroom_server.optimizer import OptimizerState
 from stillroom_server.plan import Plan
+from stillroom_server.receipts import ReceiptBook
 from stillroom_server.stream import RowStream
 from stillroom_shared.adapter import Adapter
 from stillroom_shared.correlated import Correlated
 from stillroom_shared.errors import BudgetError, LedgerError, ProtocolError
 from stillroom_shared.files import replace_file
+from stillroom_shared.heads import LedgerHead, head_of
 from stillroom_shared.ledger import Ledger
 from stillroom_shared.local_rounds import LocalRounds
 from stillroom_shared.mechanism import Mechanism, Released, Total
-from stillroom_shared.protocol import ENROL, TRAIN, RoundOrder, order_message, read_enrolment, read_update
+from stillroom_shared.protocol import (
+    ENROL,
+    TRAIN,
+    RoundOrder,
+    order_message,
+    read_enrolment,
+    read_update,
+    shown_receipt,
+)
 from stillroom_shared.randomness import Randomness
+from stillroom_shared.receipts import Attempt
 from stillroom_shared.release import Release, open_release, seal_adapter
 from stillroom_shared.signing import SigningKey
 from stillroom_shared.statement import PrivacyStatement, statement
@@ -74,6 +86,7 @@ class Coordinator:
         self.spec = self.release.adapter_spec
         about = {"federation": self.plan.federation, "plan": self.plan.content_hash}
         self.ledger = Ledger.create(home / LEDGER_FILE, key=self.key, about=about)
+        self.receipts = ReceiptBook(home, federation=self.plan.federation)
         self.state, self.unclipped = _load_state(home / _STATE_FILE, self.spec.size)
         self._check_ledger_covers_state()
 
@@ -124,6 +137,7 @@ class Coordinator:
             round=len(self.state.history),
             statement=self.statement().model_dump(mode="json"),
             key=self.key,
+            ledger=self._ledger_head().position,
         )
 
     def statement(self) -> PrivacyStatement:
@@ -187,13 +201,24 @@ class Coordinator:
         self, grid: Grid, nodes: Mapping[str, int], cohort: Sequence[str], order: RoundOrder, mechanism: Mechanism
     ) -> Total:
         """Broadcast to the cohort's devices that are online, and add up what they answer."""
+        order = order.model_copy(update={"ledger": self._ledger_head()})
         content = order_message(order, Adapter(self.spec, self.state.iterate.astype(np.float32)))
         messages = [
             Message(content, dst_node_id=nodes[name], message_type=TRAIN, group_id=str(order.round))
             for name in cohort
             if name in nodes
         ]
-        return sum_updates(grid.send_and_receive(messages, timeout=self.plan.reply_timeout_seconds), mechanism)
+        asked, names = Attempt(order.round, order.attempt), {node: name for name, node in nodes.items()}
+        with self.receipts.round({asked: mechanism.participation_event()}) as admits:
+            return sum_updates(
+                grid.send_and_receive(messages, timeout=self.plan.reply_timeout_seconds),
+                mechanism,
+                lambda node, receipt: admits(names[node], receipt),
+            )
+
+    def _ledger_head(self) -> LedgerHead:
+        """What devices are shown of the ledger, with the spend of this attempt in it."""
+        return head_of([row.hash for row in self.ledger.rows()])
 
     def _check_ledger_covers_state(self) -> None:
         """A ledger that was removed or restored from an old copy knows less than the checkpoint: refuse to go on."""
@@ -275,8 +300,12 @@ def enrolled_nodes(grid: Grid, plan: Plan) -> dict[str, int]:
     return found
 
 
-def sum_updates(replies: Iterable[Message], mechanism: Mechanism) -> Total:
-    """The exact sum of the admissible updates, (length,) int64; each node counts once, everything else is zero."""
+def sum_updates(replies: Iterable[Message], mechanism: Mechanism, admits: Callable[[int, bytes | None], bool]) -> Total:
+    """The exact sum of the admissible updates, (length,) int64; each node counts once, everything else is zero.
+
+    `admits` says whether the receipt of a node, or its absence, lets its update count: each node by its own alone, so the
+    sensitivity stays what it is.
+    """
     total = np.zeros(mechanism.length, np.int64)
     answered: set[int] = set()
     for reply in replies:
@@ -285,8 +314,9 @@ def sum_updates(replies: Iterable[Message], mechanism: Mechanism) -> Total:
             continue
         answered.add(node)
         try:
+            shown = admits(node, shown_receipt(reply.content))
             update = read_update(reply.content, mechanism.length)
-            admitted = mechanism.admit(update)
+            admitted = shown and mechanism.admit(update)
         except Exception:  # whatever a device's bytes lead to, the round goes on: it was charged, and others answered
             _log.exception("node %d sent what cannot be read: it counts as zero", node)
             continue

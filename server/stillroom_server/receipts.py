@@ -4,6 +4,16 @@ Guarantees:
     - What was kept is never taken back: an attempt that a device once showed in its receipt stays.
     - A device whose receipt lacks one of them is refused, with the attempts it lost; `export` is what it replays.
     - The first key that signs for a device is the only one from then on: nobody else can speak for its ledger.
+    - A device that showed a receipt once has to show one beside every update: leaving it away hides no loss. One that never
+      did, because its owner named no federation, is admitted without.
+    - A receipt counts only if it lists the attempt that was asked for, with its event: an older one, replayed, does not.
+    - Refusing zeroes what one device contributes, because of receipts of that device alone, which do not depend on its
+      documents, queries or feedback. The sum still moves by at most one bounded update when one device's data changes, so
+      sensitivity and noise are what they are without receipts.
+
+The device is not told in the next order, which is the same for every device: the operator reads the refusals
+(`stillroom audit ledger`) and hands out the receipt (`stillroom audit receipt`). Refusals stand here and not in the
+ledger, so that its head, which devices see, tells nothing of them.
 
 Only what devices signed is kept. An answer alone proves no spend: a device that declines, or fails before its ledger is
 asked, answers with zeros too.
@@ -15,24 +25,32 @@ coordinator knows from its own orders; see `stillroom_shared.receipts` for why a
 from __future__ import annotations
 
 import json
+import logging
 import sqlite3
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from stillroom_shared.accounting import Event, event_from_json, event_to_json
 from stillroom_shared.errors import LedgerError, ProtocolError
-from stillroom_shared.receipts import Attempt, Receipt, issue, lost, read_receipt
+from stillroom_shared.receipts import Attempt, Charges, Receipt, issue, lost, read_receipt
 from stillroom_shared.signing import SigningKey
 
 RECEIPTS_FILE = "receipts.sqlite3"
 _SHOWN = 5  # of the attempts that were lost, in a message
+_LONGEST_REASON = 500
+_NOTHING: Mapping[Attempt, Event] = {}
+_log = logging.getLogger(__name__)
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS signers (device TEXT PRIMARY KEY, public_key TEXT NOT NULL) STRICT;
 CREATE TABLE IF NOT EXISTS answered (
     device TEXT NOT NULL, round INTEGER NOT NULL, attempt INTEGER NOT NULL, event TEXT NOT NULL,
     PRIMARY KEY (device, round, attempt)
 ) STRICT, WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS refused (device TEXT PRIMARY KEY, reason TEXT NOT NULL) STRICT;
 """
+Admits = Callable[[str, bytes | None], bool]
+"""Whether the update counts that came from a device, by name, with this receipt or without one."""
 
 
 class ReceiptBook:
@@ -56,35 +74,47 @@ class ReceiptBook:
         with closing(self._connected()) as database:
             database.executescript(_SCHEMA)
 
-    def admit(self, device: str, content: bytes) -> None:
+    def admit(self, device: str, content: bytes | None, asked: Charges = _NOTHING) -> None:
         """Read a device's receipt, and keep it when it covers all that was kept before.
 
+        Args:
+            content: what it showed; None when it showed nothing.
+            asked: what the receipt has to list, because the device was asked for it before it wrote the receipt.
+
         Raises:
-            ProtocolError: it cannot be read, or another key signed the receipts of this device before.
-            LedgerError: the device's ledger went back in time; the message says so to both sides.
+            ProtocolError: it cannot be read, is an old one, or another key signed the receipts of this device before.
+            LedgerError: the device's ledger went back in time, or is not shown any more; the message says so to both sides.
         """
         with closing(self._connected()) as database, database:
             database.execute("BEGIN IMMEDIATE")
-            known = database.execute("SELECT public_key FROM signers WHERE device = ?", (device,)).fetchone()
-            try:
-                receipt = read_receipt(content, by="device", device=device, federation=self.federation, public_key=None)
-            except ProtocolError as error:
-                raise ProtocolError(f"device {device!r}: {error}") from error
-            if known and known[0] != receipt.public_key:
-                raise ProtocolError(
-                    f"device {device!r} shows a receipt by key {receipt.public_key}, its earlier ones are by {known[0]}: "
-                    "restore its key beside its ledger, or enrol it under another name"
-                )
-            if missing := lost(self._kept(database, device), receipt.charges):
-                named = ", ".join(f"round {a.round} attempt {a.attempt}" for a in missing[:_SHOWN])
-                more = f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
-                raise LedgerError(
-                    f"the ledger of device {device!r} went back in time: it lacks {named}{more}; hand it its receipt "
-                    f"(`stillroom audit receipt`), which it replays with `stillroom budget --recover`"
-                )
-            database.execute("INSERT OR IGNORE INTO signers VALUES (?, ?)", (device, receipt.public_key))
-            rows = [(device, *attempt, json.dumps(event_to_json(event))) for attempt, event in receipt.charges.items()]
-            database.executemany("INSERT OR IGNORE INTO answered VALUES (?, ?, ?, ?)", rows)
+            self._admit(database, device, content, asked)
+
+    @contextmanager
+    def round(self, asked: Charges) -> Iterator[Admits]:
+        """The receipts of one round, kept together at its end: one write, however many devices answer.
+
+        A refusal is logged and kept for the operator until the device is admitted again.
+        """
+        with closing(self._connected()) as database, database:
+            database.execute("BEGIN IMMEDIATE")
+
+            def admits(device: str, content: bytes | None) -> bool:
+                try:
+                    self._admit(database, device, content, asked)  # writes nothing before it has checked everything
+                except (ProtocolError, LedgerError) as error:
+                    _log.warning("an update counts as zero: %s", error)
+                    reason = str(error)[:_LONGEST_REASON]
+                    database.execute("INSERT OR REPLACE INTO refused VALUES (?, ?)", (device, reason))
+                    return False
+                database.execute("DELETE FROM refused WHERE device = ?", (device,))
+                return True
+
+            yield admits
+
+    def refused(self) -> dict[str, str]:
+        """Why the last update of a device did not count, by device; those whose last one did are absent."""
+        with closing(self._connected()) as database:
+            return dict(database.execute("SELECT device, reason FROM refused ORDER BY device").fetchall())
 
     def export(self, device: str, key: SigningKey) -> Receipt:
         """The coordinator's receipt about a device, to be replayed there; empty when it never answered."""
@@ -92,6 +122,41 @@ class ReceiptBook:
             return issue(
                 "coordinator", self._kept(database, device), federation=self.federation, device=device, key=key
             )
+
+    def _admit(self, database: sqlite3.Connection, device: str, content: bytes | None, asked: Charges) -> None:
+        known = database.execute("SELECT public_key FROM signers WHERE device = ?", (device,)).fetchone()
+        if content is None and known is None:
+            return
+        if content is None:
+            raise LedgerError(
+                f"device {device!r} showed receipts before and shows none now: its ledger is gone or does not verify, or its "
+                "owner named another federation; hand it its receipt (`stillroom audit receipt`), which it replays with "
+                "`stillroom budget --recover`"
+            )
+        try:
+            receipt = read_receipt(content, by="device", device=device, federation=self.federation, public_key=None)
+        except ProtocolError as error:
+            raise ProtocolError(f"device {device!r}: {error}") from error
+        if known and known[0] != receipt.public_key:
+            raise ProtocolError(
+                f"device {device!r} shows a receipt by key {receipt.public_key}, its earlier ones are by {known[0]}: "
+                "restore its key beside its ledger, or enrol it under another name"
+            )
+        if missing := lost(self._kept(database, device), receipt.charges):
+            named = ", ".join(f"round {a.round} attempt {a.attempt}" for a in missing[:_SHOWN])
+            more = f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
+            raise LedgerError(
+                f"the ledger of device {device!r} went back in time: it lacks {named}{more}; hand it its receipt "
+                f"(`stillroom audit receipt`), which it replays with `stillroom budget --recover`"
+            )
+        if absent := lost(asked, receipt.charges):
+            raise ProtocolError(
+                f"device {device!r} shows a receipt that does not list round {absent[0].round} attempt {absent[0].attempt} "
+                "at its cost: it is an old one, or the device does not record what it answers"
+            )
+        database.execute("INSERT OR IGNORE INTO signers VALUES (?, ?)", (device, receipt.public_key))
+        rows = [(device, *attempt, json.dumps(event_to_json(event))) for attempt, event in receipt.charges.items()]
+        database.executemany("INSERT OR IGNORE INTO answered VALUES (?, ?, ?, ?)", rows)
 
     def _connected(self) -> sqlite3.Connection:
         try:

@@ -26,8 +26,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import secrets
 import sqlite3
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -224,11 +225,12 @@ class Ledger:
         budget: Budget | None,
         purpose: dict[str, Any],
         allowed: Callable[[list[dict[str, Any]]], None] = lambda earlier: None,
+        beside: Mapping[str, Any] | None = None,
     ) -> Row:
         """Check, then record durably. The caller applies the event only after this returned.
 
         `allowed` sees the purposes of all earlier spends and raises to refuse; it and the budget are checked inside the
-        write transaction, so two processes cannot both pass.
+        write transaction, so two processes cannot both pass. `beside` stands in the same row, durable with it.
         """
         if budget is not None:
             budget.check([*self.events(), event])  # before locking: accounting fills a cache and may take seconds
@@ -236,7 +238,7 @@ class Ledger:
             allowed(self.purposes())
             if budget is not None:
                 budget.check([*self.events(), event])
-            return self._append("spend", {"event": event_to_json(event), "purpose": purpose})
+            return self._append("spend", {"event": event_to_json(event), "purpose": purpose, **(beside or {})})
 
     def recover(self, spends: Sequence[tuple[Event, dict[str, Any]]], *, note: dict[str, Any]) -> int:
         """Record what a counterpart witnessed and this ledger lacks, each an event and its purpose, all or nothing.
@@ -312,6 +314,8 @@ class Ledger:
             raise LedgerError(f"{self.path} is open for reading only: open it with its signing key to write")
         head = self._head()
         seq, link = (head.seq + 1, head.hash) if head else (0, _GENESIS_LINK)
+        # Two histories that part must never have one hash again, also where both charge the same (`heads.py`).
+        fields = {**fields, "nonce": secrets.token_hex(16)}
         body = json.dumps(fields, sort_keys=True, separators=(",", ":"), allow_nan=False)
         digest = _hash(seq, kind, body, link)
         row = Row(seq, kind, body, link, digest, self._key.sign(bytes.fromhex(digest)))

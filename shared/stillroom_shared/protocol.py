@@ -3,7 +3,12 @@
 | message | server sends | device answers |
 |---|---|---|
 | `query.enrol` | nothing | its enrolment name |
-| `train` | the adapter values and the public constants of the round | one vector of int32 of fixed length |
+| `train` | the adapter values and the public constants of the round | one vector of int32 of fixed length, and a receipt |
+
+The receipt tells which attempts of this federation the device was asked for, this one included, and travels where the
+owner named the federation; it is a function of orders and of the device's ledger, never of documents, queries or
+feedback, and is the same whether the device trained, declined or failed (`receipts.py`). It names every attempt each
+time: what grows is bounded by the owner's cap on participations, 8 bytes for each, and 128 KiB are refused.
 
 No metrics, no counts, no exception text: each would be a release that nobody accounted for. Both sides parse strictly;
 anything else in a message is a `ProtocolError` (on the server: a zero update).
@@ -23,6 +28,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from stillroom_shared.adapter import Adapter, AdapterSpec
 from stillroom_shared.correlated import Correlated
 from stillroom_shared.errors import ProtocolError, StillroomError
+from stillroom_shared.heads import LedgerHead
 from stillroom_shared.local_mechanism import Local
 from stillroom_shared.local_rounds import LocalRounds
 from stillroom_shared.mechanism import Central, MechanismName, NoPrivacy, Update
@@ -32,6 +38,7 @@ ENROL = "query.enrol"
 
 _VALUES = "values"
 _LARGEST_HEADER = 1024
+_LARGEST_RECEIPT = 1 << 17
 
 
 class Schedule(BaseModel):
@@ -57,6 +64,7 @@ class RoundOrder(BaseModel):
     the local work; the rest names the mechanism, so that a device can account for what it takes part in.
 
     Attributes:
+        ledger: how far the coordinator's ledger has come with the spend of this attempt.
         schedule: of `correlated` and `local`, where devices take turns.
         coefficients: of `correlated`, of its strategy matrix, in units of 1 / `toeplitz.ONE`; integers, so that nobody computes
             them anew.
@@ -85,6 +93,7 @@ class RoundOrder(BaseModel):
     learning_rate: float = Field(gt=0)
     temperature: float = Field(gt=0)
     candidates: int = Field(ge=2)
+    ledger: LedgerHead | None = None
 
     def build_mechanism(self) -> Central | Correlated | LocalRounds | NoPrivacy:
         """The mechanism value that both sides use; an unknown one is refused by the schema."""
@@ -156,18 +165,30 @@ def read_order(content: RecordDict) -> tuple[RoundOrder, Adapter]:
     return order, adapter
 
 
-def update_message(update: Update) -> RecordDict:
-    """What a device answers: the bounded update and nothing else."""
-    return RecordDict({"update": _vector(update)})
+def update_message(update: Update, receipt: str | None = None) -> RecordDict:
+    """What a device answers: the bounded update, its receipt as JSON where the owner allows one, and nothing else."""
+    shown = {} if receipt is None else {"receipt": ConfigRecord({"receipt": receipt})}
+    return RecordDict({"update": _vector(update), **shown})
 
 
 def read_update(content: RecordDict, length: int) -> Update:
-    """What the server reads; `ProtocolError` for anything but one int32 vector of this length."""
-    _require_keys(content, {"update"})
+    """What the server reads; `ProtocolError` for anything but one int32 vector of this length, with a receipt or without."""
+    _require_keys(content, {"update", "receipt"} & {"update", *content})
     record = content["update"]
     if not isinstance(record, ArrayRecord):
         raise ProtocolError(f"an update is a vector, not a {type(record).__name__}")
     return _read_vector(record, np.dtype(np.int32), length).astype(np.int32)
+
+
+def shown_receipt(content: RecordDict) -> bytes | None:
+    """The receipt beside an update, not read yet; None where there is none, `ProtocolError` for anything else."""
+    if "receipt" not in content:
+        return None
+    record = content["receipt"]
+    text = dict[str, Any](record).get("receipt") if isinstance(record, ConfigRecord) and len(record) == 1 else None
+    if not isinstance(text, str) or len(text) > _LARGEST_RECEIPT:
+        raise ProtocolError(f"a receipt is one text of at most {_LARGEST_RECEIPT} characters: this is not one")
+    return text.encode()
 
 
 def enrolment_message(name: str) -> RecordDict:

@@ -9,9 +9,9 @@ Guarantees:
     - While the counterpart is honest, a ledger that lost an attempt is noticed: `lost` names it. A set is compared, not the
       head of a chain, so a lost reply or two histories that were merged do not lock a device out.
     - A receipt names attempts of one federation, the one that the device's owner named, and so tells its coordinator no
-      more than the orders which that sent. Not the ledger's head: that hash covers rows of other federations, which few
-      guesses recover, and its row number counts them. An attempt that was declined for want of budget, which other
-      federations used up, is listed like one that was joined. Keys differ for each federation and operator
+      more than the orders which that sent. Not the ledger's head: its row number counts rows of other federations.
+      An attempt that was declined, for want of budget that other federations used up or for any other cause, is listed
+      like one that was joined. Keys differ for each federation and operator
       (`SigningKey.derive`), so two coordinators cannot tell by them that they talk to one device.
     - Whoever forges a coordinator's receipt needs its key; a coordinator that lies in its own can only make a device
       decline, which it could do by not asking. It can withhold one: that is outside the guarantee.

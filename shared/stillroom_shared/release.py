@@ -17,10 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import Field, JsonValue, model_validator
+from pydantic import Field, JsonValue, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from stillroom_shared.adapter import Adapter, AdapterSpec
 from stillroom_shared.errors import ReleaseError
+from stillroom_shared.heads import Position
 from stillroom_shared.sealed import (
     FileEntry,
     SealedManifest,
@@ -175,7 +176,10 @@ def seal_release(folder: Path, fields: Mapping[str, Any], key: SigningKey) -> Ma
 
 
 class AdapterManifest(SealedManifest):
-    """What a published adapter states: which release it fits, how many rounds it took, what they spent."""
+    """What a published adapter states: which release it fits, how many rounds it took, what they spent.
+
+    `ledger` is where the coordinator's ledger stood; it is left out where there is none, as in adapters from before it.
+    """
 
     KIND: ClassVar[str] = "adapter"
 
@@ -183,6 +187,12 @@ class AdapterManifest(SealedManifest):
     release_id: str
     round: int = Field(ge=0)
     statement: dict[str, JsonValue] | None
+    ledger: Position | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_an_absent_ledger(self, rendered: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = rendered(self)
+        return {name: value for name, value in fields.items() if name != "ledger" or value is not None}
 
 
 @dataclass(frozen=True)
@@ -203,9 +213,11 @@ def seal_adapter(
     round: int,
     statement: Mapping[str, Any] | None,
     key: SigningKey,
+    ledger: Position | None = None,
 ) -> SealedAdapter:
     """Publish an adapter as a folder of its own: tens of kilobytes, signed, bound to one release."""
-    fields = {"release_id": release_id, "round": round, "statement": None if statement is None else dict(statement)}
+    stated = None if statement is None else dict(statement)
+    fields = {"release_id": release_id, "round": round, "statement": stated, "ledger": ledger}
     with new_folder(folder) as partial:
         adapter.save(partial / ADAPTER_NAME)
         manifest = seal(partial, AdapterManifest, fields, key)

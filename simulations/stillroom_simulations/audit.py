@@ -3,13 +3,13 @@
 | break | found by |
 |---|---|
 | a row altered, removed, reordered, or signed by another key | hashes, links and signatures; the row is named |
-| rows cut off at the end | `head`, the hash of a row that a counterpart has seen |
+| rows cut off at the end, or an old copy | `head`, the hash of a row that a counterpart has seen, and every published adapter |
 | an adapter whose statement claims another epsilon | the same statement, computed again from the events it covers |
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from stillroom_server.coordinate import ADAPTERS_FOLDER, KEY_FILE, LEDGER_FILE
 from stillroom_server.plan import PLAN_FILE, Plan
-from stillroom_server.receipts import ReceiptBook
+from stillroom_server.receipts import RECEIPTS_FILE, ReceiptBook
 from stillroom_shared.accounting import Event
 from stillroom_shared.errors import LedgerError, SettingsError
 from stillroom_shared.ledger import Ledger, Row
@@ -31,12 +31,16 @@ from stillroom_shared.statement import PrivacyStatement, rounds_of, statement
 
 @dataclass(frozen=True, kw_only=True)
 class LedgerAudit:
-    """A ledger that holds: its statement, how many rows, the hash of the last one, and how many adapters were checked."""
+    """A ledger that holds: its statement, how many rows, the hash of the last one, and how many adapters were checked.
+
+    `refused` names devices whose last update did not count because of their own ledgers, and why.
+    """
 
     statement: PrivacyStatement
     rows: int
     head: str
     adapters: int
+    refused: Mapping[str, str]
 
 
 def audit_ledger(path: Path, *, public_key: str | None = None, head: str | None = None) -> LedgerAudit:
@@ -72,8 +76,13 @@ def audit_ledger(path: Path, *, public_key: str | None = None, head: str | None 
             f"{ledger_path} began with another plan than {plan_home / PLAN_FILE}: restore the original plan"
         )
     made = _statement(events, plan)
+    kept = (plan_home / RECEIPTS_FILE).is_file()  # looking must not make a book
     return LedgerAudit(
-        statement=made, rows=len(rows), head=rows[-1].hash, adapters=_check_adapters(plan_home, plan, events, rows)
+        statement=made,
+        rows=len(rows),
+        head=rows[-1].hash,
+        adapters=_check_adapters(plan_home, plan, events, rows),
+        refused=ReceiptBook(plan_home, federation=plan.federation).refused() if kept else {},
     )
 
 
@@ -115,6 +124,12 @@ def _check_adapters(home: Path, plan: Plan, events: Sequence[Event], rows: Seque
             raise LedgerError(
                 f"{folder} has no statement that can be checked ({error.error_count()} errors)"
             ) from error
+        seen = manifest.ledger
+        if seen is not None and [row.hash for row in rows[seen.rows - 1 : seen.rows]] != [seen.head]:
+            raise LedgerError(
+                f"{folder} was published when the ledger had {seen.rows} rows with head {seen.head}; it ends with row "
+                f"{rows[-1].seq} now and lacks that one: rows were cut off, or it is an old copy; restore the newest one"
+            )
         paid = list(accumulate(map(rounds_of, events)))  # rounds that the first, second, ... charge pays for, in all
         if stated.rounds and stated.rounds not in paid:
             raise LedgerError(

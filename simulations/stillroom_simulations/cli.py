@@ -76,7 +76,10 @@ def ledger(
     trust = "signed by the key you named" if key else "consistent with itself; name --key to prove whose they are"
     whole = "the head you named is among them" if head else "name --head to prove that none is cut off at the end"
     typer.echo(f"{found.rows} rows verified, {trust}; {whole}\nhead {found.head}")
-    typer.echo(f"{found.adapters} published adapters state what its events cost\n\n{found.statement.paragraph()}")
+    typer.echo(f"{found.adapters} published adapters state what its events cost")
+    for device, reason in found.refused.items():
+        typer.echo(f"refused: device {device!r}, whose updates count as zero: {reason}")
+    typer.echo(f"\n{found.statement.paragraph()}")
 
 
 def receipt(
