@@ -126,7 +126,7 @@ def client_app(source: UpdateSource | None = None) -> ClientApp:
         except Exception:  # whatever went wrong stays here: an error report would be a release nobody accounted for
             _log.exception("round %d: this device answers as one that has nothing", order.round)
             answer = nothing(mechanism, order)
-        return Message(update_message(answer, receipt and receipt.model_dump_json()), reply_to=message)
+        return Message(update_message(answer, receipt.model_dump_json() if receipt else None), reply_to=message)
 
     return app
 

@@ -24,6 +24,7 @@ from pydantic import ValidationError
 
 from stillroom_client.home import RELEASE_NAME, Identity, adapter_in_use
 from stillroom_client.participation import KEY_FILE, LEDGER_FILE, Consent, open_ledger
+from stillroom_client.witness import seen_ledger, why_refused
 from stillroom_shared.accounting import Event, Unprotected, epsilon, event_from_json
 from stillroom_shared.errors import ReleaseError
 from stillroom_shared.ledger import Row
@@ -58,10 +59,21 @@ class Spent:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Seen:
+    """What this device saw of a coordinator: `rows` and `head` of its ledger, and why its last order was not followed."""
+
+    federation: str
+    rows: int | None
+    head: str | None
+    refused: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class BudgetReport:
     """Everything `stillroom budget` shows.
 
     Attributes:
+        seen: what the coordinator of each federation in `spent` showed of its own ledger.
         own: all participations together, un-amplified.
         released: all rounds of the federation, from the adapter in use; or why that is unknown.
         released_rounds: how many rounds `released` counts.
@@ -72,6 +84,7 @@ class BudgetReport:
 
     device: str
     spent: tuple[Spent, ...]
+    seen: tuple[Seen, ...]
     own: Guarantee
     released: Guarantee | str
     released_rounds: int | None
@@ -87,6 +100,7 @@ class BudgetReport:
         return {
             "device": self.device,
             "spent": [vars(spent) for spent in self.spent],
+            "coordinators": [vars(seen) for seen in self.seen],
             "own_participations": self.own.to_json()
             | {
                 "limit": self.consent.limit_epsilon,
@@ -115,9 +129,11 @@ def budget_report(home: Path) -> BudgetReport:
     events = [event_from_json(row.fields["event"]) for row in rows if row.kind == "spend"]
     own = epsilon(events, consent.limit_delta)
     stated = _stated(home, identity)
+    spent = _by_federation(rows)
     return BudgetReport(
         device=identity.name,
-        spent=_by_federation(rows),
+        spent=spent,
+        seen=tuple(_seen(rows, each.federation) for each in spent),
         own=Guarantee(epsilon=own, delta=consent.limit_delta, adversary=OBSERVERS),
         released=stated if isinstance(stated, str) else _against_readers(stated),
         released_rounds=None if isinstance(stated, str) else stated.rounds,
@@ -130,7 +146,9 @@ def budget_report(home: Path) -> BudgetReport:
 
 def _by_federation(rows: Sequence[Row]) -> tuple[Spent, ...]:
     joined = [row.fields["purpose"] for row in rows if row.kind == "spend"]
-    declined = Counter(row.fields["declined"]["federation"] for row in rows if "declined" in row.fields)
+    declined = Counter(
+        row.fields[kind]["federation"] for row in rows for kind in ("declined", "refused") if kind in row.fields
+    )
     names = sorted({purpose["federation"] for purpose in joined} | set(declined))
     return tuple(
         Spent(
@@ -140,6 +158,16 @@ def _by_federation(rows: Sequence[Row]) -> tuple[Spent, ...]:
             declined=declined[name],
         )
         for name in names
+    )
+
+
+def _seen(rows: Sequence[Row], federation: str) -> Seen:
+    ledger = seen_ledger(rows, federation)
+    return Seen(
+        federation=federation,
+        rows=ledger.rows if ledger else None,
+        head=ledger.head if ledger else None,
+        refused=why_refused(rows, federation),
     )
 
 

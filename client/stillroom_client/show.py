@@ -84,6 +84,13 @@ def budget_tables(report: BudgetReport) -> list[Table | str]:
 
 def _notes(report: BudgetReport) -> list[str]:
     notes = []
+    for seen in report.seen:
+        if seen.head is not None:
+            notes.append(
+                f"The ledger of {plain(seen.federation)} had {seen.rows:,} rows when last answered: head {seen.head}"
+            )
+        if seen.refused is not None:
+            notes.append(f"The last order of {plain(seen.federation)} was not followed: {plain(seen.refused)}")
     if report.rehearsal:
         notes.append("Rehearsal: the noise of the rounds came from a known seed, and binds nobody who knows it.")
     if report.left_participations == 0:

@@ -22,10 +22,10 @@ from stillroom_client.participation import (
     KEY_FILE,
     LEDGER_FILE,
     Consent,
-    answered,
     device_receipt,
     take_part,
 )
+from stillroom_client.witness import answered
 from stillroom_shared.accounting import Event, SampledGaussian, epsilon
 from stillroom_shared.adapter import Adapter
 from stillroom_shared.cli import build_app

@@ -98,6 +98,7 @@ def test_two_rounds_give_the_same_adapter_on_both_engines(
     assert np.abs(theirs.values - noise.values).max() > 1e-3, "the devices' updates are too small to be compared"
     np.testing.assert_allclose(theirs.values, ours.values, atol=1e-6)
     assert len(_spends(deployed)) == 2 and _spends(deployed) == _spends(simulated)
+    assert _shown(deployed) == _shown(simulated) == [[(1, 1), (2, 1)], [(2, 1)]]
     participations = [len(_spends(home)) for home in running.homes]
     assert participations == [2, 1] == [len(_spends(tmp_path / "devices" / name)) for name in _NAMES]
 
@@ -105,6 +106,7 @@ def test_two_rounds_give_the_same_adapter_on_both_engines(
 def _make_device(home: Path, release: Release, seed: int) -> Path:
     """A device with forty passages, whose owner has opened six of them."""
     from stillroom_client.device import Device
+    from stillroom_client.participation import Consent
 
     generator = np.random.default_rng(seed)
     home.parent.mkdir(parents=True, exist_ok=True)
@@ -112,6 +114,7 @@ def _make_device(home: Path, release: Release, seed: int) -> Path:
     passages = [Passage(f"{home.name}/{number}", home.name, text) for number, text in enumerate(texts)]
     vectors = generator.standard_normal((len(passages), release.dimension)).astype(np.float32)
     with Device.create(home, release) as device:
+        Consent(federation="rehearsal").save(home)
         device.add(passages, vectors / np.linalg.norm(vectors, axis=1, keepdims=True))
         device.record((" ".join(generator.choice(_WORDS, 4)), passage.id) for passage in passages[:6])
         device.refresh_index()
@@ -170,7 +173,21 @@ def _published(coordinator: Path) -> Adapter:
 
 def _spends(home: Path) -> list[dict[str, Any]]:
     with Ledger.open(home / "ledger.sqlite3") as ledger:
-        return [row.fields for row in ledger.rows() if row.kind == "spend"]
+        return [_without_chance(row.fields) for row in ledger.rows() if row.kind == "spend"]
+
+
+def _without_chance(fields: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if name not in ("nonce", "ledger")}
+
+
+def _shown(coordinator: Path) -> list[list[Any]]:
+    """What the coordinator keeps of each device's ledger."""
+    from stillroom_server.receipts import ReceiptBook
+    from stillroom_shared.signing import SigningKey
+
+    book = ReceiptBook(coordinator, federation="rehearsal")
+    assert book.refused() == {}
+    return [list(book.export(name, SigningKey.generate()).charges) for name in _NAMES]
 
 
 def _contract_apps() -> ModuleType:
