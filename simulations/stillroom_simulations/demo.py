@@ -34,6 +34,7 @@ from stillroom_shared.progress import Progress, Stage
 from stillroom_shared.settings import RoundsSettings, Settings
 from stillroom_simulations.federation import BatchedUpdates, make_plan, run_federation
 from stillroom_simulations.memory import keep_freed_memory
+from stillroom_simulations.population import opened_results
 from stillroom_simulations.report import write_report
 from stillroom_simulations.results import Results
 from stillroom_simulations.run_context import RunContext
@@ -177,7 +178,7 @@ class DemoRun(RunContext):
             for done, own in enumerate(self.population, start=1):
                 with self._device(self.homes[own.name]) as device:
                     device.add(own.passages, vectors[[row_of[passage.id] for passage in own.passages]])
-                    device.record((q.text, next(iter(self.private.qrels[q.id]))) for q in own.training)
+                    device.record(opened_results(own, self.private.qrels))
                     device.refresh_index()
                     CONSENT.save(device.home)
                 stage(done, len(self.population))

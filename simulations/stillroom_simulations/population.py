@@ -43,6 +43,19 @@ def make_population(corpus: Corpus, settings: PopulationSettings, *, seed: int) 
     return tuple(devices)
 
 
+def opened_results(device: SimulatedDevice, qrels: Mapping[str, Mapping[str, int]]) -> list[tuple[str, str]]:
+    """(query text, passage id) of what the owner of a device opened: for each training query a relevant passage that it has.
+
+    Where one question has answers of several owners, the others' are not on the device.
+    """
+    held = {passage.id for passage in device.passages}
+    found = (
+        (query.text, [i for i, grade in qrels[query.id].items() if grade > 0 and i in held])
+        for query in device.training
+    )
+    return [(text, relevant[0]) for text, relevant in found if relevant]
+
+
 def _devices_of(
     corpus: Corpus, owner: str, settings: PopulationSettings, generator: np.random.Generator
 ) -> list[SimulatedDevice]:

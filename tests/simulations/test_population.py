@@ -6,7 +6,7 @@ from collections import Counter
 
 from stillroom_shared.corpus import Corpus, Passage, Query, Split
 from stillroom_shared.settings import PopulationSettings
-from stillroom_simulations.population import make_population
+from stillroom_simulations.population import make_population, opened_results
 
 SETTINGS = PopulationSettings(queries_per_device=5, distractors_median=10, distractors_max=30)
 
@@ -98,3 +98,14 @@ def test_a_silo_is_all_that_an_owner_has() -> None:
     for silo in silos:
         assert {p.id for p in silo.passages} == {p.id for p in corpus.passages if p.owner == silo.owner}
         assert len(silo.training) == sum(q.owner == silo.owner and q.split == "train" for q in corpus.queries)
+
+
+def test_what_was_opened_lies_on_the_device() -> None:
+    """A question with answers of two owners would make one of them open what it does not have."""
+    corpus = toy_corpus()
+    qrels = {name: {"bank-0": 1, "zoo-1": 0} | dict(grades) for name, grades in corpus.qrels.items()}
+    for device in make_population(corpus, SETTINGS, seed=0):
+        held = {passage.id for passage in device.passages}
+        opened = opened_results(device, qrels)
+        assert [text for text, _ in opened] == [query.text for query in device.training]
+        assert {passage for _, passage in opened} <= held
