@@ -8,7 +8,8 @@ Two sums, and neither is ever shown without the other (DESIGN section 4, rule 6)
 | all rounds | every round, amplified by sampling, from the signed statement of the adapter in use | readers of releases |
 
 The first is what the limit is checked against. Against the coordinator, which sees single updates under `central`, neither
-promises anything, and that is said each time.
+promises anything, and that is said each time; a device that took part under `local` only is promised the first against it too.
+Where rounds under `local` are among them, the first sum is about one query (`accounting.in_one_unit`).
 """
 
 from __future__ import annotations
@@ -16,16 +17,16 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import ValidationError
 
 from stillroom_client.home import RELEASE_NAME, Identity, adapter_in_use
 from stillroom_client.participation import KEY_FILE, LEDGER_FILE, Consent, open_ledger
 from stillroom_client.witness import seen_ledger, why_refused
-from stillroom_shared.accounting import Event, Unprotected, epsilon, event_from_json
+from stillroom_shared.accounting import Event, LocalGaussian, Unit, Unprotected, epsilon, event_from_json, in_one_unit
 from stillroom_shared.errors import ReleaseError
 from stillroom_shared.ledger import Row
 from stillroom_shared.release import open_release
@@ -41,7 +42,7 @@ class Guarantee:
     epsilon: float
     delta: float
     adversary: str
-    unit: Literal["user"] = "user"
+    unit: Unit = "user"
 
     def to_json(self) -> dict[str, Any]:
         """A flat object; None stands for "no guarantee", which JSON has no number for."""
@@ -75,6 +76,7 @@ class BudgetReport:
     Attributes:
         seen: what the coordinator of each federation in `spent` showed of its own ledger.
         own: all participations together, un-amplified.
+        coordinator: the same against the coordinator, if all were under `local`; None where it is promised nothing.
         released: all rounds of the federation, from the adapter in use; or why that is unknown.
         released_rounds: how many rounds `released` counts.
         rehearsal: the noise of those came from a known seed, and promises nothing to whoever knows it.
@@ -86,6 +88,7 @@ class BudgetReport:
     spent: tuple[Spent, ...]
     seen: tuple[Seen, ...]
     own: Guarantee
+    coordinator: Guarantee | None
     released: Guarantee | str
     released_rounds: int | None
     rehearsal: bool
@@ -95,7 +98,9 @@ class BudgetReport:
 
     def to_json(self) -> dict[str, Any]:
         """What `--json` prints; every epsilon stands beside its unit, delta and adversary."""
-        coordinator = {"epsilon": None, "unit": "user", "adversary": COORDINATOR, "guarantee": "none"}
+        coordinator = {"epsilon": None, "unit": self.own.unit, "adversary": COORDINATOR, "guarantee": "none"}
+        if self.coordinator is not None:
+            coordinator = self.coordinator.to_json()
         known = self.released.to_json() if isinstance(self.released, Guarantee) else {"unknown": self.released}
         return {
             "device": self.device,
@@ -127,19 +132,24 @@ def budget_report(home: Path) -> BudgetReport:
         with open_ledger(home) as ledger:
             rows = ledger.rows()
     events = [event_from_json(row.fields["event"]) for row in rows if row.kind == "spend"]
-    own = epsilon(events, consent.limit_delta)
+    unit, counted = in_one_unit(events)
+    own = Guarantee(
+        epsilon=epsilon(counted, consent.limit_delta), delta=consent.limit_delta, adversary=OBSERVERS, unit=unit
+    )
+    private = bool(events) and all(isinstance(event, LocalGaussian) for event in events)
     stated = _stated(home, identity)
     spent = _by_federation(rows)
     return BudgetReport(
         device=identity.name,
         spent=spent,
         seen=tuple(_seen(rows, each.federation) for each in spent),
-        own=Guarantee(epsilon=own, delta=consent.limit_delta, adversary=OBSERVERS),
+        own=own,
+        coordinator=replace(own, adversary=COORDINATOR) if private else None,
         released=stated if isinstance(stated, str) else _against_readers(stated),
         released_rounds=None if isinstance(stated, str) else stated.rounds,
         rehearsal=not isinstance(stated, str) and stated.rehearsal,
         consent=consent,
-        left_epsilon=None if consent.limit_epsilon is None else max(0.0, consent.limit_epsilon - own),
+        left_epsilon=None if consent.limit_epsilon is None else max(0.0, consent.limit_epsilon - own.epsilon),
         left_participations=_participations_left(events, consent),
     )
 
@@ -179,7 +189,8 @@ def _participations_left(events: Sequence[Event], consent: Consent) -> int:
     fits = 0
     while fits < most:
         middle = (fits + most + 1) // 2
-        if epsilon([*events, *[events[-1]] * middle], consent.limit_delta) <= consent.limit_epsilon:
+        _, counted = in_one_unit([*events, *[events[-1]] * middle])
+        if epsilon(counted, consent.limit_delta) <= consent.limit_epsilon:
             fits = middle
         else:
             most = middle - 1
@@ -202,5 +213,10 @@ def _stated(home: Path, identity: Identity) -> PrivacyStatement | str:
 
 
 def _against_readers(found: PrivacyStatement) -> Guarantee:
-    value = found.against.get(READERS) if found.unit == "user" else None
-    return Guarantee(epsilon=math.inf if value is None else value, delta=found.delta, adversary=READERS)
+    value = found.against.get(READERS) if found.unit != "none" else None
+    return Guarantee(
+        epsilon=math.inf if value is None else value,
+        delta=found.delta,
+        adversary=READERS,
+        unit="query" if found.unit == "query" else "user",
+    )

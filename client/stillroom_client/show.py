@@ -19,7 +19,7 @@ from stillroom_client.device import Hit
 from stillroom_shared.statement import COORDINATOR, READERS, printed_epsilon
 
 if TYPE_CHECKING:
-    from stillroom_client.budget import BudgetReport
+    from stillroom_client.budget import BudgetReport, Guarantee
 
 _WORD = re.compile(r"\w+")
 _STEM = 5  # letters that words share when one is a form of the other: "listing", "listed"
@@ -61,9 +61,9 @@ def budget_tables(report: BudgetReport) -> list[Table | str]:
     sums.add_row(
         report.own.adversary,
         f"its own {sum(row.attempts for row in report.spent):,} attempts, un-amplified",
-        _guarantee(report.own.epsilon, report.own.delta),
+        _guarantee(report.own),
         f"{consent.participations:,} attempts"
-        + ("" if limit is None else f", epsilon {limit:g} (user level, delta {consent.limit_delta:.1e})"),
+        + ("" if limit is None else f", epsilon {limit:g} ({report.own.unit} level, delta {consent.limit_delta:.1e})"),
         f"{report.left_participations:,} attempts"
         + (
             ""
@@ -75,10 +75,13 @@ def budget_tables(report: BudgetReport) -> list[Table | str]:
     sums.add_row(
         READERS,
         "all rounds" if report.released_rounds is None else f"all {report.released_rounds:,} rounds",
-        Text(released if isinstance(released, str) else _guarantee(released.epsilon, released.delta)),
+        Text(released if isinstance(released, str) else _guarantee(released)),
         "the operator's",
     )
-    sums.add_row(COORDINATOR, "single updates", "no guarantee (none)")
+    if report.coordinator is None:
+        sums.add_row(COORDINATOR, "single updates", "no guarantee (none)")
+    else:
+        sums.add_row(COORDINATOR, "single updates, private already", _guarantee(report.coordinator))
     return [spent if report.spent else "This device took part in no round yet.", "", sums, *_notes(report)]
 
 
@@ -94,14 +97,14 @@ def _notes(report: BudgetReport) -> list[str]:
     if report.rehearsal:
         notes.append("Rehearsal: the noise of the rounds came from a known seed, and binds nobody who knows it.")
     if report.left_participations == 0:
-        notes.append("Nothing is left: this device answers every round with zeros. The owner may raise the limit.")
+        notes.append("Nothing is left: this device declines every round. The owner may raise the limit.")
     return notes
 
 
-def _guarantee(epsilon: float, delta: float) -> str:
+def _guarantee(found: Guarantee) -> str:
     """For a row that names the adversary."""
-    value = f"epsilon {printed_epsilon(epsilon)}" if math.isfinite(epsilon) else "no guarantee"
-    return f"{value} (user level, delta {delta:.1e})"
+    value = f"epsilon {printed_epsilon(found.epsilon)}" if math.isfinite(found.epsilon) else "no guarantee"
+    return f"{value} ({found.unit} level, delta {found.delta:.1e})"
 
 
 def snippet(text: str, query: str, *, length: int = _SNIPPET_LETTERS) -> str:

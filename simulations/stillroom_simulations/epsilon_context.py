@@ -34,7 +34,7 @@ _NEEDED = {
     "delta": re.compile(r"(?:\bdelta\b|\u03b4)\W{0,3}\d"),
     "adversary": re.compile(r"\breaders of releases\b|\bpeers and network observers\b"),
 }
-_COORDINATOR = re.compile(r"\bcoordinator\b[^.]{0,80}\bnone\b")
+_COORDINATOR = re.compile(r"\bcoordinator\b[^.]{0,80}\bnone\b|\bagainst the coordinator(?: too)?: epsilon \d")
 
 
 class EpsilonContextError(StillroomError):
@@ -63,7 +63,7 @@ def check_epsilon_context(html: str) -> None:
     if judged and not _COORDINATOR.search(page.text.casefold()):
         raise EpsilonContextError(
             f"the page prints an epsilon ({_short(judged[0][1])!r}) and never what holds against the coordinator: "
-            'say "coordinator: none"'
+            'say "against the coordinator: none", or which epsilon'
         )
 
 

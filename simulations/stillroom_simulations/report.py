@@ -70,6 +70,7 @@ def render_report(results: Results) -> str:
         results=results,
         headline=headline(results),
         guarantee=guarantee(results.privacy),
+        against_coordinator=against_coordinator(results.privacy),
         adversaries=adversaries(results.privacy),
         charts={
             "quality": _both_widths(quality_chart(results), quality_chart(results, width=NARROW)),
@@ -102,8 +103,13 @@ def guarantee(privacy: Privacy) -> str:
         return f"no differential privacy (mechanism {privacy.mechanism}); coordinator: none"
     return (
         f"epsilon {printed_epsilon(privacy.epsilon)} ({privacy.unit} level, delta {scientific(privacy.delta)}, against "
-        f"{privacy.adversary}); against the coordinator: none"
+        f"{privacy.adversary}); against the coordinator: {against_coordinator(privacy)}"
     )
+
+
+def against_coordinator(privacy: Privacy) -> str:
+    """What holds against the coordinator, in words that `check_epsilon_context` looks for."""
+    return "none" if privacy.coordinator == "none" else f"epsilon {printed_epsilon(privacy.coordinator)}"
 
 
 def adversaries(privacy: Privacy) -> list[tuple[str, str, str]]:
@@ -119,7 +125,9 @@ def adversaries(privacy: Privacy) -> list[tuple[str, str, str]]:
         (who, f"{privacy.accountant}, no sampling" if who == OBSERVERS else privacy.accountant, _spent(value))
         for who, value in others.items()
     ]
-    return [*rows, (COORDINATOR, "sees single updates", privacy.coordinator)]
+    if privacy.coordinator == "none":
+        return [*rows, (COORDINATOR, "sees single updates", "none")]
+    return [*rows, (COORDINATOR, "sees single updates, private already", printed_epsilon(privacy.coordinator))]
 
 
 def human_size(value: float) -> str:

@@ -92,13 +92,14 @@ class CorpusFacts(_Value):
 
 
 class Privacy(_Value):
-    """The guarantee: epsilon and delta for one `unit`, against `adversary`; the coordinator is promised nothing.
+    """The guarantee: epsilon and delta for one `unit`, against `adversary`.
 
     Attributes:
         epsilon: against `adversary`; None says that there is no guarantee.
         against: epsilon for every adversary, where the accountant gave more than one.
         noise_multiplier: noise standard deviation / sensitivity.
         sampling_rate: chance of a device to be in a round's cohort.
+        coordinator: epsilon against it, or "none" where it is promised nothing.
         paragraph: the statement in plain words, `PrivacyStatement.paragraph()`.
     """
 
@@ -115,7 +116,7 @@ class Privacy(_Value):
     accountant: str
     epsilon_by_accountant: dict[str, Positive | None]
     against: dict[str, Positive | None] = {}
-    coordinator: Literal["none"]
+    coordinator: Literal["none"] | Positive
     paragraph: str
 
 

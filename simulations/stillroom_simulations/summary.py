@@ -19,7 +19,7 @@ from stillroom_server.teacher import tower_of
 from stillroom_shared.accounting import epsilon
 from stillroom_shared.adapter import Adapter
 from stillroom_shared.progress import Stage
-from stillroom_shared.statement import READERS
+from stillroom_shared.statement import COORDINATOR, READERS
 from stillroom_simulations.benchmark_file import machine, versions
 from stillroom_simulations.evaluate import Scores, quality
 from stillroom_simulations.intervals import interval_of_mean, interval_of_ratio
@@ -184,7 +184,7 @@ def _privacy(coordinator: Coordinator) -> dict[str, Any]:
         "accountant": "PLD",
         "epsilon_by_accountant": made.epsilon,
         "against": made.against,
-        "coordinator": "none",
+        "coordinator": "none" if made.against[COORDINATOR] is None else made.against[COORDINATOR],
         "paragraph": made.paragraph(),
     }
 

@@ -59,6 +59,14 @@ def test_epsilon_in_context_is_accepted(html: str) -> None:
 def test_epsilon_needs_the_coordinators_line() -> None:
     """Left out, the reader takes the figure to hold against whoever runs the rounds."""
     check_epsilon_context("<p>No epsilon here.</p><p>3.9</p>")
-    for line in ("", "<p>The coordinator sees updates.</p>", "<p>None of it matters to the coordinator.</p>"):
+    for line in (
+        "",
+        "<p>The coordinator sees updates.</p>",
+        "<p>None of it matters to the coordinator.</p>",
+        f"<p>The coordinator sees updates; epsilon 3.9 ({CONTEXT}).</p>",
+    ):
         with pytest.raises(EpsilonContextError, match="against the coordinator"):
             check_epsilon_context(f"<p>epsilon 3.9 ({CONTEXT})</p>{line}")
+    check_epsilon_context(
+        "<p>epsilon 3.9 (query level, delta 1e-5, against readers of releases); against the coordinator: epsilon 3.9</p>"
+    )
