@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import io
 import json
-from typing import Any
+import math
+from typing import Any, Self
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
@@ -55,6 +56,15 @@ class Schedule(BaseModel):
     rounds: int = Field(ge=0)
     separation: int = Field(ge=1)
     participations: int = Field(ge=1)
+
+    @classmethod
+    def every(cls, separation: int, *, rounds: int) -> Self:
+        """A turn every so many rounds.
+
+        >>> Schedule.every(3, rounds=7).participations
+        3
+        """
+        return cls(rounds=rounds, separation=separation, participations=max(1, math.ceil(rounds / separation)))
 
 
 class RoundOrder(BaseModel):

@@ -1,4 +1,4 @@
-"""Canary devices in real rounds: the unit is a user, the rounds are the coordinator's own.
+"""Canaries in real rounds: devices where the unit is a user, queries where it is a query; the rounds are the coordinator's own.
 
 Everything between an update and a release is what a deployment runs: plan, ledger, Poisson cohort, wire format, bounding,
 admission, integer sum, noise, denominator, server step. Only the training is replaced: a canary device answers with
@@ -6,13 +6,15 @@ a direction of its own, ten times as long as the clip norm, or with zero where i
 device can do to a sum. No tower runs, so the release that the rounds belong to holds none; a device's own ledger is
 written by `stillroom_client`, stands after the order is read and before the update leaves, and is not audited here.
 
-All enrolled devices are canaries. Data of others would only add to the noise that the attacker sees.
+All enrolled devices are canaries. Data of others would only add to the noise that the attacker sees. Under `local` there is one
+device, whose queries are the canaries: coins, clipping, sums, noise and steps are those of `descend`, which every device runs,
+and the gradient of a canary is its direction.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,12 +28,15 @@ from stillroom_server.coordinate import KEY_FILE, Coordinator, RoundReport
 from stillroom_server.plan import Plan
 from stillroom_shared.adapter import AdapterSpec
 from stillroom_shared.errors import StillroomError
-from stillroom_shared.mechanism import MechanismName
-from stillroom_shared.protocol import enrolment_message, read_order, update_message
+from stillroom_shared.local_mechanism import descend
+from stillroom_shared.local_rounds import LocalRounds
+from stillroom_shared.mechanism import MechanismName, Update
+from stillroom_shared.protocol import RoundOrder, Schedule, enrolment_message, read_order, update_message
 from stillroom_shared.randomness import Randomness
 from stillroom_shared.release import DOCUMENT_FOLDER, ONNX_FILES, TOKENIZER_NAME, Release, open_release, seal_release
 from stillroom_shared.signing import SigningKey
 from stillroom_shared.statement import PrivacyStatement
+from stillroom_shared.toeplitz import best_coefficients
 from stillroom_simulations.engine import InProcessGrid, run_server_app
 
 _FIRST_NODE = 2
@@ -40,6 +45,8 @@ _NAME = "canary"
 _OVERLENGTH = 10.0
 """Canaries send this many clip norms: a mechanism that forgot to clip would be audited with updates ten times too long."""
 _PLAIN_CLIP_NORM = 1.0
+LOCAL_STEPS = 2
+"""Noisy steps of a round under `local`."""
 
 
 @dataclass(frozen=True)
@@ -106,20 +113,33 @@ def canary_plan(
     sampling_rate: float,
     seed: str | None,
 ) -> Plan:
-    """The plan of a federation of canaries. Iterates are sums of releases: no momentum, no average, server step 1."""
-    private = mechanism != "none"
+    """The plan of a federation of canaries. Iterates are sums of releases: no momentum, no average, server step 1.
+
+    `sampling_rate`: chance of a canary to be in a round; under `correlated` one divided by the separation of its turns, under
+    `local` the chance of a query to be in a step.
+    """
+    private, local = mechanism != "none", mechanism == "local"
+    schedule = canary_schedule(mechanism, rounds, sampling_rate)
+    coefficients = None
+    if schedule is not None and not local:
+        bands = min(schedule.separation, rounds)
+        coefficients = best_coefficients(bands, rounds, schedule.participations, schedule.separation)
     return Plan(
         federation="canaries",
         release_folder=release.folder,
-        enrolled=tuple(f"canary-{number}" for number in range(canaries)),
+        enrolled=("silo",) if local else tuple(f"canary-{number}" for number in range(canaries)),
         mechanism=mechanism,
         rounds=rounds,
-        sampling_rate=sampling_rate,
+        schedule=schedule,
+        coefficients=coefficients,
+        records=canaries if local else None,
+        record_rate=sampling_rate if local else None,
+        sampling_rate=sampling_rate if schedule is None else 1 / schedule.separation,
         clip_norm=_PLAIN_CLIP_NORM if private else None,
         noise_multiplier=noise_multiplier if private else None,
         budget_epsilon=budget_epsilon if private else None,
         delta=delta,
-        local_steps=1,
+        local_steps=LOCAL_STEPS if local else 1,
         local_learning_rate=1.0,
         temperature=1.0,
         candidates=2,
@@ -129,6 +149,13 @@ def canary_plan(
         rehearsal=seed is not None,
         seed=seed,
     )
+
+
+def canary_schedule(mechanism: MechanismName, rounds: int, sampling_rate: float) -> Schedule | None:
+    """When canaries take turns; None where they are sampled."""
+    if mechanism not in ("correlated", "local"):
+        return None
+    return Schedule.every(1 if mechanism == "local" else round(1 / sampling_rate), rounds=rounds)
 
 
 def run_canary_rounds(
@@ -145,7 +172,7 @@ def run_canary_rounds(
     asked: Counter[int] = Counter()
     grid = InProcessGrid(
         client_app=_canary_app(plan, directions, present, asked),
-        nodes={number: {_NAME: i} for i, number in enumerate(range(_FIRST_NODE, _FIRST_NODE + len(directions)))},
+        nodes={number: {_NAME: i} for i, number in enumerate(range(_FIRST_NODE, _FIRST_NODE + len(plan.enrolled)))},
         run_config={HOME_KEY: str(home)},
     )
     run_server_app(server_app(on_round), grid)
@@ -172,14 +199,46 @@ def _canary_app(
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        order, _ = read_order(message.content)
+        order, adapter = read_order(message.content)
         asked[order.round] += 1
+        mechanism = order.build_mechanism()
+        if isinstance(mechanism, LocalRounds):
+            made = _private_update(plan, order, mechanism, adapter.values, directions, present)
+            return Message(update_message(made), reply_to=message)
         number = _number(context)
         length = _OVERLENGTH * (order.clip_norm or _PLAIN_CLIP_NORM) if present[number] else 0.0
         raw = (length * directions[number]).astype(np.float32)
-        return Message(update_message(order.build_mechanism().bound(raw)), reply_to=message)
+        return Message(update_message(mechanism.bound(raw)), reply_to=message)
 
     return app
+
+
+def _private_update(
+    plan: Plan,
+    order: RoundOrder,
+    mechanism: LocalRounds,
+    values: NDArray[np.float32],
+    directions: NDArray[np.float64],
+    present: NDArray[np.bool_],
+) -> Update:
+    """The update of the one device whose queries are the canaries; an absent one keeps its place and adds nothing."""
+
+    def gradients(
+        iterates: NDArray[np.float32], chosen: Sequence[Sequence[int]]
+    ) -> list[tuple[int, NDArray[np.float32]]]:
+        length = -_OVERLENGTH * mechanism.training.clip_norm  # descending along it goes along the direction
+        return [(0, (length * directions[i]).astype(np.float32)) for i in chosen[0] if present[i]]
+
+    seed = None if plan.seed is None else f"{plan.seed}/silo/{order.round}/{order.attempt}"
+    change = descend(
+        mechanism.training,
+        values,
+        [range(len(directions))],
+        gradients,
+        learning_rate=order.learning_rate,
+        randomness=[Randomness(seed=seed)],
+    )
+    return mechanism.bound(change[0])
 
 
 def _number(context: Context) -> int:

@@ -6,22 +6,26 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
+from stillroom_shared.correlated import calibrate_correlated
 from stillroom_shared.errors import SettingsError
-from stillroom_shared.mechanism import calibrate
+from stillroom_shared.local_mechanism import calibrate_local
+from stillroom_shared.mechanism import MechanismName, calibrate
 from stillroom_shared.progress import Progress
 from stillroom_shared.randomness import Randomness
 from stillroom_shared.statement import PrivacyStatement
 from stillroom_simulations.canaries import (
+    LOCAL_STEPS,
     CanaryRounds,
     canary_directions,
     canary_plan,
     canary_release,
+    canary_schedule,
     run_canary_rounds,
 )
 from stillroom_simulations.cohort_sizes import FALSE_ALARM, cohort_size_p_value
@@ -35,20 +39,30 @@ class CanaryAuditSettings(BaseModel):
     """What is audited, and how hard one looks. The number of guesses follows from `canaries`, before anything is run.
 
     Attributes:
-        epsilon: that `central` is calibrated to; `none` ignores it.
-        canaries: enrolled devices, each present with probability 1/2.
+        epsilon: that the mechanism is calibrated to; `none` ignores it.
+        canaries: enrolled devices, under `local` the queries of one, each present with probability 1/2.
+        sampling_rate: see `canary_plan`.
         seed: fixes every coin, cohort and noise; without one they come from the operating system.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    mechanism: Literal["none", "central"] = "central"
+    mechanism: MechanismName = "central"
     epsilon: float = Field(default=1.0, gt=0)
     delta: float = Field(default=1e-5, gt=0, lt=1)
     canaries: int = Field(default=1_000, ge=100, le=5_000)
     rounds: int = Field(default=10, ge=1)
     sampling_rate: float = Field(default=0.1, gt=0, le=1)
     seed: int | None = Field(default=None, ge=0)
+
+    @field_validator("sampling_rate")
+    @classmethod
+    def _whole_turns(cls, rate: float, info: ValidationInfo) -> float:
+        if info.data.get("mechanism") == "correlated" and abs(1 / rate - round(1 / rate)) > 1e-9:
+            raise ValueError(
+                "under correlated a turn comes every 1 / rate rounds, choose one over a whole number, e.g. 0.1"
+            )
+        return rate
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -73,12 +87,12 @@ class CanaryAudit:
     """One audit: what is stated, and what was seen.
 
     Attributes:
-        cohort_p_value: of the cohort sizes, were they Poisson samples.
+        cohort_p_value: of the cohort sizes, were they Poisson samples; None where devices take turns.
     """
 
     statement: PrivacyStatement
     seen: OneRunAudit
-    cohort_p_value: float
+    cohort_p_value: float | None
 
     @property
     def broken(self) -> bool:
@@ -87,7 +101,8 @@ class CanaryAudit:
         False alarms: at most 5% by the bound's confidence, in practice far fewer, because the theorem is for worse
         mechanisms than a Gaussian; one in a million by the cohort sizes.
         """
-        return self.seen.lower_bound > self.statement.epsilon_pld or self.cohort_p_value < FALSE_ALARM
+        sampled = self.cohort_p_value is None or self.cohort_p_value >= FALSE_ALARM
+        return self.seen.lower_bound > self.statement.epsilon_pld or not sampled
 
     def text(self) -> str:
         """The report: the statement, then what was seen, each figure called what it is."""
@@ -96,6 +111,9 @@ class CanaryAudit:
             True: "BROKEN: the audit contradicts the statement; treat what was released as unprotected",
             False: "the audit does not contradict the statement, which does not prove it",
         }
+        cohorts = "by turns, nothing is sampled"
+        if self.cohort_p_value is not None:
+            cohorts = f"sizes as under Poisson sampling with p-value {self.cohort_p_value:.2g}"
         return "\n".join(
             [
                 self.statement.paragraph(),
@@ -104,7 +122,7 @@ class CanaryAudit:
                 f"the attacker reads all releases, delta {seen.delta:.1e}",
                 f"bound     {seen.lower_bound:.2f} (a lower bound, not epsilon; confidence {seen.confidence:.0%})",
                 f"estimate  {_number(seen.estimate)} (an estimate, not a bound)",
-                f"cohorts   sizes as under Poisson sampling with p-value {self.cohort_p_value:.2g}",
+                f"cohorts   {cohorts}",
                 verdict[self.broken],
             ]
         )
@@ -168,22 +186,33 @@ def audit_canaries(settings: CanaryAuditSettings, *, progress: Progress) -> Cana
 
         seen = audit_one_run(run, directions, delta=settings.delta, randomness=_randomness(seed, "coins"))
     [rounds] = finished
-    sizes = cohort_size_p_value(rounds.cohort_sizes, devices=settings.canaries, sampling_rate=settings.sampling_rate)
+    sizes = None
+    if plan.schedule is None:
+        sizes = cohort_size_p_value(
+            rounds.cohort_sizes, devices=settings.canaries, sampling_rate=settings.sampling_rate
+        )
     return CanaryAudit(rounds.statement, seen, sizes)
 
 
 def _noise(settings: CanaryAuditSettings) -> float | None:
     if settings.mechanism == "none":
         return None
-    return calibrate(
-        target_epsilon=settings.epsilon,
-        delta=settings.delta,
-        rounds=settings.rounds,
-        clip_norm=1.0,
-        sampling_rate=settings.sampling_rate,
-        devices=settings.canaries,
-        dimension=2 * settings.canaries,
-    ).noise_multiplier
+    common: dict[str, Any] = {
+        "target_epsilon": settings.epsilon,
+        "delta": settings.delta,
+        "rounds": settings.rounds,
+        "clip_norm": 1.0,
+        "dimension": 2 * settings.canaries,
+    }
+    schedule = canary_schedule(settings.mechanism, settings.rounds, settings.sampling_rate)
+    if schedule is None:
+        made = calibrate(**common, sampling_rate=settings.sampling_rate, devices=settings.canaries)
+        return made.noise_multiplier
+    if settings.mechanism == "local":
+        queries = {"sampling_rate": settings.sampling_rate, "records": settings.canaries, "steps": LOCAL_STEPS}
+        return calibrate_local(**common, **queries).noise_multiplier
+    turns = {"participations": schedule.participations, "separation": schedule.separation}
+    return calibrate_correlated(**common, **turns, devices=settings.canaries).noise_multiplier
 
 
 def _randomness(seed: str | None, use: str) -> Randomness:

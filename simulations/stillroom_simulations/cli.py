@@ -97,12 +97,12 @@ def receipt(
 
 
 def canaries(
-    mechanism: Annotated[str, typer.Option(help="Which to audit: central or none.")] = "central",
-    epsilon: Annotated[float, typer.Option(help="What central is calibrated to, against readers of releases.")] = 1.0,
+    mechanism: Annotated[str, typer.Option(help="Which to audit: central, correlated, local or none.")] = "central",
+    epsilon: Annotated[float, typer.Option(help="What it is calibrated to, against readers of releases.")] = 1.0,
     delta: Annotated[float, typer.Option(help="Of the guarantee; below 1 / canaries.")] = 1e-5,
-    canaries: Annotated[int, typer.Option(help="Canary devices; more give a tighter bound.")] = 1_000,
+    canaries: Annotated[int, typer.Option(help="Canary devices, or queries; more give a tighter bound.")] = 1_000,
     rounds: Annotated[int, typer.Option(help="Rounds to run.")] = 10,
-    sampling_rate: Annotated[float, typer.Option(help="Probability with which a device joins a round.")] = 0.1,
+    sampling_rate: Annotated[float, typer.Option(help="Probability with which a canary joins a round or step.")] = 0.1,
     seed: Annotated[int | None, typer.Option(help="Fixes all randomness.  [default: none is fixed]")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:

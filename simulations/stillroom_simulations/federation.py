@@ -8,7 +8,6 @@ calls. What each device learns from is mined once from that device's own store, 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -140,7 +139,7 @@ def make_plan(
     local = settings.mechanism == "local"
     delta = settings.delta or 1 / (10 * len(enrolled) * (settings.records if local else 1))
     turns = settings.mechanism in ("correlated", "local")
-    schedule = _schedule(settings.rounds, settings.separation) if turns else None
+    schedule = Schedule.every(settings.separation, rounds=settings.rounds) if turns else None
     noise = settings.noise_multiplier
     if settings.target_epsilon is not None and settings.clip_norm is not None:
         noise = _least_noise(settings, schedule, delta=delta, devices=len(enrolled), dimension=dimension)
@@ -211,11 +210,6 @@ def _least_noise(
         devices=devices,
         dimension=dimension,
     ).noise_multiplier
-
-
-def _schedule(rounds: int, separation: int) -> Schedule:
-    """Turns every `separation` rounds."""
-    return Schedule(rounds=rounds, separation=separation, participations=max(1, math.ceil(rounds / separation)))
 
 
 def _coefficients(schedule: Schedule, bands: int | None) -> tuple[int, ...]:

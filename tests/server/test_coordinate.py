@@ -14,7 +14,7 @@ from flwr.clientapp import ClientApp
 from stillroom_server.app import HOME_KEY, server_app
 from stillroom_server.coordinate import KEY_FILE, LEDGER_FILE, Coordinator, RoundReport, _save_state
 from stillroom_server.plan import Plan
-from stillroom_shared.accounting import CorrelatedGaussian, epsilon
+from stillroom_shared.accounting import CorrelatedGaussian, LocalGaussian, epsilon
 from stillroom_shared.errors import LedgerError, ProtocolError, SettingsError
 from stillroom_shared.ledger import Ledger
 from stillroom_shared.mechanism import RESOLUTION
@@ -326,6 +326,63 @@ def test_a_row_that_was_formed_before_a_crash_is_the_one_that_is_applied(
     np.testing.assert_allclose(run(home, everybody()), straight, rtol=1e-12)
     with Coordinator(home) as coordinator:
         assert len(coordinator.ledger.events()) == 1
+
+
+LOCAL = {
+    "mechanism": "local", "rounds": 4, "sampling_rate": 1 / 2, "noise_multiplier": 2.0, "local_steps": 2, "records": 8,
+    "record_rate": 0.5, "schedule": Schedule(rounds=4, separation=2, participations=2),
+}  # fmt: skip
+
+
+def test_a_private_run_is_charged_once_and_retries_cost_nothing_more(make_home: Callable[..., Path]) -> None:
+    """Devices cap their attempts, so a retry is covered; an attempt that has the number of an earlier one is declined."""
+    home, seen, asked, died = make_home(**LOCAL), set(), [], []
+
+    def look(message: Message, context: Context) -> Message:
+        order, _ = read_order(message.content)
+        with Ledger.open(home / LEDGER_FILE) as ledger:
+            seen.add(len(ledger.events()))
+        asked.append((str(context.node_config["name"]), order.round, order.attempt))
+        return honest(0.01)(message, context)
+
+    def die(report: RoundReport) -> None:
+        if report.round == 2 and not died:
+            died.append(report.round)
+            raise Enough
+
+    nodes = {number: {"name": f"d{number - 2}"} for number in range(2, 2 + DEVICES)}
+    grid = InProcessGrid(
+        client_app=app_of({f"d{i}": look for i in range(DEVICES)}), nodes=nodes, run_config={HOME_KEY: str(home)}
+    )
+    with pytest.raises(Enough):
+        run_server_app(server_app(die), grid)
+    with Coordinator(home) as coordinator:  # a third round was asked for, and then the process died
+        coordinator.ledger.record({"asked": {"round": 3, "attempt": 1}})
+    run_server_app(server_app(), grid)
+    assert seen == {1}
+    assert {attempt for _, number, attempt in asked if number == 3} == {2}
+    with Coordinator(home) as coordinator:
+        (event,) = coordinator.ledger.events()
+        made = coordinator.statement()
+        mean = coordinator.state.history[0]
+    assert isinstance(event, LocalGaussian)
+    assert event.releases == 4
+    assert (made.unit, made.rounds, made.sampling, made.steps, made.participations) == ("query", 4, "turns", 2, 2)
+    assert set(made.against.values()) == {epsilon([event], 1e-4)}
+    assert "against the coordinator too: epsilon" in made.paragraph()
+    assert "query level" in made.paragraph() and "user level" not in made.paragraph()
+    np.testing.assert_allclose(mean, 0.01, atol=1e-6)
+
+
+def test_a_plan_under_local_needs_its_constants_and_counts_queries(make_home: Callable[..., Path]) -> None:
+    """A delta that is small for devices is large for all their queries."""
+    for missing in ("schedule", "records", "record_rate"):
+        with pytest.raises(ValueError, match=missing):
+            make_home(**(LOCAL | {missing: None}))
+    with pytest.raises(ValueError, match="48 queries be exposed outright"):
+        make_home(**(LOCAL | {"delta": 0.03}))
+    with pytest.raises(ValueError, match="clip_quantile"):
+        make_home(**(LOCAL | {"clip_quantile": 0.5}))
 
 
 def test_a_plan_of_turns_that_the_noise_does_not_cover_is_refused(make_home: Callable[..., Path]) -> None:

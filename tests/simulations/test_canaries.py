@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 
 import stillroom_server.coordinate
+import stillroom_shared.correlated
+import stillroom_shared.local_mechanism
 import stillroom_shared.mechanism
 from stillroom_server.optimizer import ServerOptimizer
+from stillroom_shared.local_mechanism import Local
 from stillroom_shared.mechanism import RESOLUTION, Central
 from stillroom_shared.noise import discrete_gaussian
 from stillroom_shared.randomness import Randomness
@@ -28,6 +31,14 @@ from stillroom_simulations.one_run_audit import OneRunAudit, audit_one_run
 CANARIES, ROUNDS, RATE, DELTA = 1_000, 10, 0.1, 1e-5
 EPSILON_ONE = 1.742
 """The noise multiplier of epsilon 1 (user level, delta 1e-5, against readers of releases) for these rounds."""
+
+NOISE = {"central": EPSILON_ONE, "none": EPSILON_ONE, "local": 2.1039, "correlated": 3.7308}
+"""The same for every mechanism, against the same; `none` has none."""
+NOISY = {
+    "central": stillroom_shared.mechanism,
+    "local": stillroom_shared.local_mechanism,
+    "correlated": stillroom_shared.correlated,
+}
 
 Audited = tuple[OneRunAudit, CanaryRounds]
 Audit = Callable[..., Audited]
@@ -47,7 +58,7 @@ def release(tmp_path_factory: pytest.TempPathFactory) -> Release:
 def audit(tmp_path: Path, release: Release, directions: np.ndarray) -> Audit:
     def run_audit(mechanism: str = "central", seed: str = "s") -> Audited:
         plan = canary_plan(
-            release, canaries=CANARIES, mechanism=mechanism, noise_multiplier=EPSILON_ONE,  # type: ignore[arg-type]
+            release, canaries=CANARIES, mechanism=mechanism, noise_multiplier=NOISE[mechanism],  # type: ignore[arg-type]
             budget_epsilon=1.0, delta=DELTA, rounds=ROUNDS, sampling_rate=RATE, seed=seed,
         )  # fmt: skip
         kept: list[CanaryRounds] = []
@@ -66,14 +77,19 @@ def sizes_p_value(rounds: CanaryRounds) -> float:
     return cohort_size_p_value(rounds.cohort_sizes, devices=CANARIES, sampling_rate=RATE)
 
 
-@pytest.mark.parametrize("seed", ["a", "b"])
-def test_the_bound_stays_below_what_is_accounted_when_the_mechanism_is_right(audit: Audit, seed: str) -> None:
+@pytest.mark.parametrize(
+    ("mechanism", "seed"), [("central", "a"), ("central", "b"), ("local", "a"), ("correlated", "a")]
+)
+def test_the_bound_stays_below_what_is_accounted_when_the_mechanism_is_right(
+    audit: Audit, mechanism: str, seed: str
+) -> None:
     """An audit that convicts sound rounds is switched off; one that sees nothing at all is no audit."""
-    seen, rounds = audit(seed=seed)
+    seen, rounds = audit(mechanism, seed=seed)
     assert 0.98 < rounds.statement.epsilon_pld <= 1.0
     assert seen.lower_bound < rounds.statement.epsilon_pld
     assert seen.correct > seen.guesses * 0.5 and 0 < seen.estimate < 3, "the attacker does not see the canaries"
-    assert sizes_p_value(rounds) > FALSE_ALARM
+    assert mechanism != "central" or sizes_p_value(rounds) > FALSE_ALARM
+    assert rounds.statement.unit == ("query" if mechanism == "local" else "user")
 
 
 def test_no_noise_exceeds_three(audit: Audit) -> None:
@@ -83,14 +99,15 @@ def test_no_noise_exceeds_three(audit: Audit) -> None:
     assert seen.estimate == float("inf") == rounds.statement.epsilon_pld
 
 
-def test_noise_five_times_too_small_is_caught(audit: Audit, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("mechanism", ["central", "local", "correlated"])
+def test_noise_five_times_too_small_is_caught(audit: Audit, monkeypatch: pytest.MonkeyPatch, mechanism: str) -> None:
     """A unit mix-up between clip norm and grid, or a sum scaled after the noise: the statement still says epsilon 1."""
 
     def too_small(sigma: int, count: int, randomness: Randomness) -> np.ndarray:
         return discrete_gaussian(sigma // 5, count, randomness)
 
-    monkeypatch.setattr(stillroom_shared.mechanism, "discrete_gaussian", too_small)
-    seen, rounds = audit()
+    monkeypatch.setattr(NOISY[mechanism], "discrete_gaussian", too_small)
+    seen, rounds = audit(mechanism)
     assert rounds.statement.epsilon_pld <= 1 < seen.lower_bound
     assert seen.estimate > 3
 
@@ -105,6 +122,13 @@ def test_everybody_in_every_round_is_caught(audit: Audit, monkeypatch: pytest.Mo
     seen, rounds = audit()
     assert rounds.statement.epsilon_pld <= 1 < seen.lower_bound
     assert sizes_p_value(rounds) < FALSE_ALARM
+
+
+def test_every_query_in_every_step_is_caught(audit: Audit, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Coins that fall on everything: amplification by records is all that the statement's epsilon of 1 rests on."""
+    monkeypatch.setattr(Local, "sample", lambda self, randomness: [True] * self.records)
+    seen, rounds = audit("local")
+    assert rounds.statement.epsilon_pld <= 1 < seen.lower_bound
 
 
 def test_a_mechanism_that_does_not_clip_is_caught(audit: Audit, monkeypatch: pytest.MonkeyPatch) -> None:

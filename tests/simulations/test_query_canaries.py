@@ -1,14 +1,15 @@
-"""The audit with one query as the unit: canary records in DP-SGD, accounted as Poisson-sampled Gaussian steps."""
+"""The audit with one query as the unit: canary records in the steps that devices run under `local`."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from tests.references.dp_sgd import GRID, dp_sgd
+from tests.references.dp_sgd import dp_sgd
 
-from stillroom_shared.accounting import SampledGaussian, epsilon
+from stillroom_shared.accounting import epsilon
+from stillroom_shared.local_mechanism import Local, descend
 from stillroom_shared.randomness import Randomness
 from stillroom_simulations.canaries import canary_directions
 from stillroom_simulations.one_run_audit import MechanismRun, OneRunAudit, audit_one_run
@@ -23,27 +24,34 @@ def directions() -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def accounted() -> float:
-    step = SampledGaussian(
-        noise_multiplier=EPSILON_ONE, sampling_rate=RATE, sigma=math.ceil(EPSILON_ONE * GRID), dimension=2 * RECORDS
-    )
-    return epsilon([step] * STEPS, DELTA)
+    return epsilon([mechanism(noise_multiplier=EPSILON_ONE, sampling_rate=RATE).event()], DELTA)
 
 
-def training(directions: np.ndarray, *, noise_multiplier: float, sampling_rate: float) -> MechanismRun:
-    """DP-SGD on the canary records; one that is absent has gradient zero. Put another training in its place to audit it."""
+def mechanism(*, noise_multiplier: float, sampling_rate: float, steps: int = STEPS) -> Local:
+    return Local(
+        clip_norm=1.0, noise_multiplier=noise_multiplier, sampling_rate=sampling_rate, steps=steps, records=RECORDS,
+        dimension=2 * RECORDS,
+    )  # fmt: skip
+
+
+def training(directions: np.ndarray, made: Local, *, seed: str = "training") -> MechanismRun:
+    """The steps of `local` on the canary records; one that is absent has gradient zero."""
 
     def run(present: np.ndarray) -> np.ndarray:
-        gradients = 10 * directions * present[:, None]  # clipping is part of what is audited
-        return dp_sgd(
-            gradients, noise_multiplier=noise_multiplier, sampling_rate=sampling_rate, steps=STEPS,
-            randomness=Randomness(seed="training"),
+        def gradients(values: np.ndarray, chosen: Sequence[Sequence[int]]) -> list[tuple[int, np.ndarray]]:
+            # Clipping is part of what is audited.
+            return [(0, (-10 * directions[i] * present[i]).astype(np.float32)) for i in chosen[0]]
+
+        return descend(
+            made, np.zeros(made.dimension, np.float32), [range(RECORDS)], gradients, learning_rate=1.0,
+            randomness=[Randomness(seed=seed)],
         )  # fmt: skip
 
     return run
 
 
 def audited(directions: np.ndarray, *, noise_multiplier: float, sampling_rate: float) -> OneRunAudit:
-    run = training(directions, noise_multiplier=noise_multiplier, sampling_rate=sampling_rate)
+    run = training(directions, mechanism(noise_multiplier=noise_multiplier, sampling_rate=sampling_rate))
     return audit_one_run(run, directions, delta=DELTA, randomness=Randomness(seed="coins"))
 
 
@@ -56,7 +64,7 @@ def test_the_bound_stays_below_what_is_accounted(directions: np.ndarray, account
 
 @pytest.mark.parametrize(
     ("noise_multiplier", "sampling_rate", "least"),
-    [(EPSILON_ONE / 5, RATE, 1.0), (EPSILON_ONE, 1.0, 1.0), (0.0, RATE, 3.0)],
+    [(EPSILON_ONE / 5, RATE, 1.0), (EPSILON_ONE, 1.0, 1.0), (1e-6, RATE, 3.0)],
     ids=["noise 5 times too small", "every record in every step", "no noise"],
 )
 def test_broken_training_is_caught(
@@ -65,3 +73,16 @@ def test_broken_training_is_caught(
     """Accounted as epsilon 1 (query level, delta 1e-5, against readers of releases), and not so."""
     seen = audited(directions, noise_multiplier=noise_multiplier, sampling_rate=sampling_rate)
     assert seen.lower_bound > max(least, accounted)
+
+
+def test_a_step_is_that_of_the_reference(directions: np.ndarray) -> None:
+    """One step, the same coins: coins, clipping, sum and denominator against the slow twin that draws them one by one."""
+    present = np.arange(RECORDS) % 3 > 0
+    made = mechanism(noise_multiplier=1e-6, sampling_rate=RATE, steps=1)
+    found = training(directions, made, seed="twin")(present)[0] * made.denominator
+    [expected] = dp_sgd(
+        10 * directions * present[:, None], noise_multiplier=0.0, sampling_rate=RATE, steps=1,
+        randomness=Randomness(seed="twin"),
+    )  # fmt: skip
+    np.testing.assert_allclose(found, expected, atol=2e-5)
+    assert np.linalg.norm(expected) > 5, "hardly any record was drawn"
