@@ -84,5 +84,5 @@ def test_a_step_is_that_of_the_reference(directions: np.ndarray) -> None:
         10 * directions * present[:, None], noise_multiplier=0.0, sampling_rate=RATE, steps=1,
         randomness=Randomness(seed="twin"),
     )  # fmt: skip
-    np.testing.assert_allclose(found, expected, atol=2e-5)
+    np.testing.assert_allclose(found, expected, atol=2e-4)  # the twin has a coarser grid
     assert np.linalg.norm(expected) > 5, "hardly any record was drawn"
