@@ -175,9 +175,10 @@ def noise_alone(mechanism: Local, *, learning_rate: float, randomness: Randomnes
     """What a device without records answers, (dimension,): no record is read, so it costs nothing."""
     nothing: Sequence[Sequence[None]] = [()]
     start = np.zeros(mechanism.dimension, np.float32)
-    return descend(
+    change = descend(
         mechanism, start, nothing, lambda values, chosen: (), learning_rate=learning_rate, randomness=[randomness]
-    )[0]
+    )
+    return np.asarray(change[0], np.float32)
 
 
 def calibrate_local(

@@ -209,9 +209,13 @@ def _noise(settings: CanaryAuditSettings) -> float | None:
         made = calibrate(**common, sampling_rate=settings.sampling_rate, devices=settings.canaries)
         return made.noise_multiplier
     if settings.mechanism == "local":
-        queries = {"sampling_rate": settings.sampling_rate, "records": settings.canaries, "steps": LOCAL_STEPS}
+        queries: dict[str, Any] = {
+            "sampling_rate": settings.sampling_rate,
+            "records": settings.canaries,
+            "steps": LOCAL_STEPS,
+        }
         return calibrate_local(**common, **queries).noise_multiplier
-    turns = {"participations": schedule.participations, "separation": schedule.separation}
+    turns: dict[str, Any] = {"participations": schedule.participations, "separation": schedule.separation}
     return calibrate_correlated(**common, **turns, devices=settings.canaries).noise_multiplier
 
 

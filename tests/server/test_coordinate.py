@@ -336,7 +336,8 @@ LOCAL = {
 
 def test_a_private_run_is_charged_once_and_retries_cost_nothing_more(make_home: Callable[..., Path]) -> None:
     """Devices cap their attempts, so a retry is covered; an attempt that has the number of an earlier one is declined."""
-    home, seen, asked, died = make_home(**LOCAL), set(), [], []
+    home, seen, asked = make_home(**LOCAL), set(), []
+    died: list[int] = []
 
     def look(message: Message, context: Context) -> Message:
         order, _ = read_order(message.content)
