@@ -182,7 +182,8 @@ def test_a_record_that_is_zeroed_moves_one_step_by_its_bounded_gradient() -> Non
     start = np.zeros(DIMENSION, np.float32)
 
     def update(own: list[np.ndarray]) -> np.ndarray:
-        return descend(mechanism, start, [own], linear, learning_rate=1.0, randomness=[Randomness(seed="n")])[0]
+        made = descend(mechanism, start, [own], linear, learning_rate=1.0, randomness=[Randomness(seed="n")])
+        return np.asarray(made[0])
 
     moved = update(records) - update([*records[:3], np.zeros_like(start)])
     np.testing.assert_allclose(np.linalg.norm(moved), mechanism.clip_norm / mechanism.denominator, rtol=1e-4)
