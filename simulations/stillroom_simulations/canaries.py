@@ -158,6 +158,20 @@ def canary_schedule(mechanism: MechanismName, rounds: int, sampling_rate: float)
     return Schedule.every(1 if mechanism == "local" else round(1 / sampling_rate), rounds=rounds)
 
 
+def canary_weights(plan: Plan) -> NDArray[np.float64] | None:
+    """The matched filter of an attacker who knows the plan, (canaries, rounds); None where a plain sum is as good.
+
+    Under `correlated` the releases are G + C^-1 Z, with C the strategy matrix and Z fresh noise. Multiplied by C they are
+    C G + Z, where a canary that took part in the rounds s shows as C s: weights C^T C s give the inner product with that.
+    """
+    if plan.mechanism != "correlated":
+        return None
+    strategy = sum(c * np.eye(plan.rounds, k=-j) for j, c in enumerate(plan.coefficients or ()))
+    cohorts = [set(plan.rotation.cohort(number)) for number in range(1, plan.rounds + 1)]
+    turns = np.array([[name in cohort for cohort in cohorts] for name in plan.enrolled], np.float64)
+    return np.asarray(turns @ (np.transpose(strategy) @ strategy), np.float64)
+
+
 def run_canary_rounds(
     home: Path,
     plan: Plan,

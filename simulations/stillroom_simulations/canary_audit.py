@@ -26,6 +26,7 @@ from stillroom_simulations.canaries import (
     canary_plan,
     canary_release,
     canary_schedule,
+    canary_weights,
     run_canary_rounds,
 )
 from stillroom_simulations.cohort_sizes import FALSE_ALARM, cohort_size_p_value
@@ -184,7 +185,13 @@ def audit_canaries(settings: CanaryAuditSettings, *, progress: Progress) -> Cana
             )
             return finished[0].released
 
-        seen = audit_one_run(run, directions, delta=settings.delta, randomness=_randomness(seed, "coins"))
+        seen = audit_one_run(
+            run,
+            directions,
+            delta=settings.delta,
+            randomness=_randomness(seed, "coins"),
+            weights=canary_weights(plan),
+        )
     [rounds] = finished
     sizes = None
     if plan.schedule is None:

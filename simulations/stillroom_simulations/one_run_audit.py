@@ -84,13 +84,14 @@ def audit_one_run(
     *,
     delta: float,
     randomness: Randomness,
+    weights: NDArray[np.float64] | None = None,
     guesses: int | None = None,
     confidence: float = 0.95,
 ) -> OneRunAudit:
     """Toss the coins, run the mechanism once, guess from what it released, and bound epsilon.
 
-    The attacker scores a canary by the inner product of its direction with the sum of the released vectors. What the scores
-    are multiplied by does not matter, only their order.
+    The attacker scores a canary by the inner product of its direction with a sum of the released vectors: of all of them, or
+    weighted by what it knows of when the canary took part. What the scores are multiplied by does not matter, only their order.
 
     >>> def leaky(present: np.ndarray) -> np.ndarray:
     ...     return present[None, :].astype(np.float64)
@@ -103,6 +104,7 @@ def audit_one_run(
         directions: of the canaries, (canaries, dimension); orthogonal ones do not disturb each other.
         delta: of the statement under audit.
         randomness: the coins; a run must not draw from the same stream.
+        weights: of each release in the score of each canary, (canaries, releases), fixed before this call; ones otherwise.
         guesses: how many, fixed before this call; `guesses_for` otherwise.
     """
     canaries = len(directions)
@@ -116,8 +118,8 @@ def audit_one_run(
         raise SettingsError(
             f"released vectors of shape {released.shape}: the canaries need (releases, {directions.shape[1]})"
         )
-    total = released.sum(axis=0)  # (dimension,)
-    scores = directions @ total  # (canaries,)
+    along = directions @ released.T  # (canaries, releases)
+    scores = (along if weights is None else along * weights).sum(axis=1)  # (canaries,)
     guessed = np.argsort(-scores, kind="stable")[:guesses]  # ties go by number, which says nothing about a coin
     correct = int(present[guessed].sum())
     return OneRunAudit(
