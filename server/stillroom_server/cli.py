@@ -1,4 +1,4 @@
-"""`stillroom release`: what an operator asks about a release before shipping it.
+"""`stillroom release` and `stillroom plan`: what an operator asks before shipping a release, and before spending.
 
 Only typer is imported here; what a command needs is imported when it runs (`stillroom_shared.cli`).
 """
@@ -18,6 +18,10 @@ def register(app: typer.Typer) -> None:
     # A second command keeps the name of the first: typer drops the name of a group's only command.
     group.callback()(lambda: None)
     app.add_typer(group)
+    planning = typer.Typer(name="plan", help="Reckon before anything is run.", no_args_is_help=True)
+    planning.command()(tuning)
+    planning.callback()(lambda: None)
+    app.add_typer(planning)
 
 
 def verify(
@@ -30,3 +34,29 @@ def verify(
     release = open_release(folder, trusted_key=key)
     typer.echo(release.manifest.model_dump_json(indent=2, exclude={"files"}))
     typer.echo("every file and the signature hold")
+
+
+def tuning(
+    devices: Annotated[int, typer.Option(help="Enrolled devices.")],
+    rounds: Annotated[int, typer.Option(help="Rounds of one trial.")] = 15,
+    sampling_rate: Annotated[float, typer.Option(help="Chance of a device to be in a round's cohort.")] = 0.2,
+    noise_multiplier: Annotated[float, typer.Option(help="Noise standard deviation / sensitivity of a round.")] = 2.0,
+    evaluation_noise: Annotated[float, typer.Option(help="The same of the evaluation that scores a trial.")] = 10.0,
+    delta: Annotated[float | None, typer.Option(help="Of the guarantee.  [default: 1 / (10 x devices)]")] = None,
+    trials: Annotated[str, typer.Option(help="Mean numbers of trials, comma-separated.")] = "2,5,10,20",
+    target_epsilon: Annotated[
+        float | None, typer.Option(help="Also print the least noise at which each whole search meets it.")
+    ] = None,
+) -> None:
+    """Print what a search over settings costs, by each way of counting, before anything is run."""
+    import logging
+
+    from stillroom_server.search_costs import plan_tuning
+
+    logging.disable(logging.WARNING)  # orders at which a Renyi series does not converge are left out, and that is all
+    typer.echo(
+        plan_tuning(
+            devices=devices, rounds=rounds, sampling_rate=sampling_rate, noise_multiplier=noise_multiplier,
+            evaluation_noise=evaluation_noise, delta=delta, trials=trials, target_epsilon=target_epsilon,
+        )
+    )  # fmt: skip

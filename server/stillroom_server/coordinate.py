@@ -150,6 +150,7 @@ class Coordinator:
             clip_norm=self.plan.clip_norm,
             rehearsal=self.plan.rehearsal,
             mechanism=self.plan.mechanism,
+            trial_of=self.plan.trial_of,
         )
 
     def _round(self, grid: Grid, nodes: Mapping[str, int]) -> float:

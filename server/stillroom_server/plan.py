@@ -45,6 +45,8 @@ class Plan(BaseModel):
         local_steps: passes over a device's records; under `local` noisy steps.
         wait_for_nodes: how many nodes must be online before a round is charged; who is online is no private data.
         seed: fixes all randomness; allowed only in a rehearsal, whose statements promise nothing.
+        trial_of: the search (`stillroom_server.search`) that these rounds are one trial of; what it publishes by itself
+            then promises nothing, because the search decides what is seen.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -78,6 +80,7 @@ class Plan(BaseModel):
     wait_for_nodes: int = Field(default=1, ge=0)
     rehearsal: bool = False
     seed: str | None = None
+    trial_of: str | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -5,6 +5,11 @@ that somebody whose data it is about can read. The adversaries are those of the 
 who took part in a round, so Poisson sampling amplifies; peers and network observers can, so for them it does not; the
 coordinator sees single updates under `central`, so it is promised nothing. Under `local` updates are private when they leave
 the device, so the same is promised against all of them, the coordinator too, for one query.
+
+
+What is published after a search over settings must not tell how many trials there were, or the search is worth nothing
+(`stillroom_shared.repetitions`). So against observers, who saw them all, a statement names what holds for nearly every
+number that might have been drawn; what was drawn stands in the ledger, for whoever may know (`stillroom audit ledger`).
 """
 
 from __future__ import annotations
@@ -19,8 +24,11 @@ from stillroom_shared.accounting import (
     AccountantName,
     CorrelatedGaussian,
     Event,
+    Gaussian,
     LocalGaussian,
+    Selection,
     Unprotected,
+    accountant_for,
     epsilon,
     in_one_unit,
 )
@@ -37,7 +45,8 @@ class PrivacyStatement(BaseModel):
     Attributes:
         unit: what is protected: "user" is everything one device holds, "query" one training record; "none" for the non-private
             baseline.
-        epsilon: against readers of releases, by accountant; the guarantee is the PLD figure, RDP cross-checks it.
+        epsilon: against readers of releases, by accountant; the guarantee is the PLD figure, RDP cross-checks it. After a
+            search there is the RDP figure only.
         against: epsilon for each adversary, never only the smallest.
         sampling: "poisson" cohorts, or devices that take "turns", where nothing is amplified.
         participations, separation: under "turns": the most that a device joins, and how many rounds apart; the second under
@@ -45,6 +54,8 @@ class PrivacyStatement(BaseModel):
         steps, record_rate: under `local`: noisy steps of a participation, and the chance of each query to be in one.
         rounds: charged; under "turns" all of the run, released or not.
         rehearsal: the noise came from a known seed; nothing is promised to anybody who knows it.
+        search: how the number of trials was drawn, where this is the best of them; None where nothing was searched for.
+        trial_of: the search that these rounds are one trial of. The trial alone promises nothing: the search does.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -67,29 +78,42 @@ class PrivacyStatement(BaseModel):
     epsilon: dict[str, float | None]
     against: dict[str, float | None]
     rehearsal: bool
+    search: str | None = None
+    trial_of: str | None = None
+
+    @property
+    def accountant(self) -> AccountantName:
+        """The accountant whose figure is the guarantee."""
+        return "PLD" if "PLD" in self.epsilon else "RDP"
 
     @property
     def epsilon_pld(self) -> float:
-        """The guarantee against readers of releases; infinity when there is none."""
-        found = self.epsilon["PLD"]
+        """The guarantee against readers of releases, by `accountant`; infinity when there is none."""
+        found = self.epsilon[self.accountant]
         return math.inf if found is None else found
 
     def paragraph(self) -> str:
         """The statement in plain words."""
-        if self.unit != "none" and self.epsilon["PLD"] is None:
+        readers = self.epsilon[self.accountant]
+        if self.trial_of is not None:
+            return (
+                f"No guarantee by itself: one trial of the search {self.trial_of!r}. Only the best trial may be published, "
+                "with the statement of the search; whoever publishes another one charges for it apart."
+            )
+        if self.unit != "none" and readers is None:
             return (
                 "No guarantee can be certified: updates were clipped and noised, but with too little noise for any bound "
                 "at this delta. Treat it as if there were no differential privacy."
             )
-        if self.epsilon["PLD"] is None or self.unit == "none":
+        if readers is None or self.unit == "none":
             return "No differential privacy: updates were neither clipped nor noised. This is a baseline for comparison only."
         if self.unit == "query":
-            return " ".join([*self._of_a_query(self.epsilon["PLD"]), *self._rehearsed()])
+            return " ".join([*self._of_a_query(readers), *self._rehearsed()])
         sentences = [
             f"The unit of protection is one user: everything on one of {self.devices:,} enrolled devices.",
-            f"Against {READERS}, {self.rounds} round{'s' * (self.rounds != 1)} cost {self._figure(READERS)}:",
+            f"Against {READERS}, {self._charged()} cost {self._figure(READERS)}:",
             "whatever somebody concludes from the released models, they would have concluded almost as likely had the "
-            f"device contributed nothing; the factor is at most e to the {printed_epsilon(self.epsilon['PLD'])}, "
+            f"device contributed nothing; the factor is at most e to the {printed_epsilon(readers)}, "
             f"but for a chance of {self.delta:.1e}.",
             self._seen_by_observers(),
             "Against the coordinator there is no differential privacy guarantee (none): it sees single clipped updates, "
@@ -119,8 +143,21 @@ class PrivacyStatement(BaseModel):
             return []
         return ["Rehearsal: the randomness came from a known seed, so none of this binds anybody who knows it."]
 
+    def _charged(self) -> str:
+        """What the guarantee covers."""
+        rounds = f"{self.rounds} round{'s' * (self.rounds != 1)}"
+        if self.search is None:
+            return rounds
+        paid = f"{rounds} charged for a trial, its evaluation and reserved retries"
+        return f"the best trial of a search over settings ({paid}), out of a hidden number of trials ({self.search}),"
+
     def _seen_by_observers(self) -> str:
         found = self._figure(OBSERVERS)
+        if self.search is not None:
+            return (
+                f"Against {OBSERVERS}, who may see every trial and which devices take part, nothing is hidden: {found} for a "
+                "device that joined every round of as many trials as may have been drawn."
+            )
         if self.sampling == "turns":
             return (
                 f"Devices take turns, each at most {self.participations} times and every {self.separation} rounds, so against "
@@ -145,8 +182,11 @@ def statement(
     clip_norm: float | None,
     rehearsal: bool,
     mechanism: MechanismName = "central",
+    trial_of: str | None = None,
 ) -> PrivacyStatement:
     """The statement for all events charged so far, released or not; `mechanism` decides where there are none yet.
+
+    With `trial_of` it promises nothing: what the events cost depends on the search that they are a trial of.
 
     >>> from stillroom_shared.accounting import SampledGaussian
     >>> step = SampledGaussian(noise_multiplier=2.0, sampling_rate=0.5, sigma=2**29, dimension=9_216)
@@ -154,8 +194,11 @@ def statement(
     >>> sorted((adversary, value and round(value, 2)) for adversary, value in made.against.items())
     [('peers and network observers', 10.23), ('readers of releases', 4.9), ('the coordinator', None)]
     """
-    gaussians = [event for event in events if not isinstance(event, Unprotected)]
-    protected = len(gaussians) == len(events) and mechanism != "none"
+    noisy = [event for event in events if not isinstance(event, Unprotected)]
+    searches = [event for event in noisy if isinstance(event, Selection)]
+    gaussians: list[Gaussian] = [event for event in noisy if not isinstance(event, Selection)]
+    gaussians += [event for search in searches for trial in search.trials for event, _ in trial]
+    protected = len(noisy) == len(events) and mechanism != "none"
     unit, counted = in_one_unit(events)
     runs = [event for event in gaussians if isinstance(event, CorrelatedGaussian | LocalGaussian)]
     correlated = [event for event in gaussians if isinstance(event, CorrelatedGaussian)]
@@ -163,10 +206,11 @@ def statement(
     local = mechanism == "local" and len(trained) == len(events)
 
     def cost(of: Sequence[Event], accountant: AccountantName = "PLD") -> float | None:
-        found = epsilon(of, delta, accountant) if protected else math.inf
+        found = epsilon(of, delta, accountant) if protected and trial_of is None else math.inf
         return found if math.isfinite(found) else None
 
-    readers: dict[str, float | None] = {"PLD": cost(counted), "RDP": cost(counted, "RDP")}
+    names: list[AccountantName] = ["PLD", "RDP"] if accountant_for(events) == "PLD" else ["RDP"]
+    readers = {name: cost(counted, name) for name in names}
     unamplified = [event if isinstance(event, Unprotected) else event.without_sampling() for event in counted]
     return PrivacyStatement(
         unit=("query" if mechanism == "local" else unit) if protected else "none",
@@ -182,18 +226,22 @@ def statement(
         rounds=sum(rounds_of(event) for event in events),
         devices=devices,
         delta=delta,
-        epsilon=readers,
+        epsilon={**readers},
         against={
-            READERS: readers["PLD"],
+            READERS: readers[names[0]],
             OBSERVERS: cost(unamplified),
-            COORDINATOR: readers["PLD"] if local else None,
+            COORDINATOR: readers[names[0]] if local else None,
         },
         rehearsal=rehearsal,
+        search="; ".join(search.repetitions.words for search in searches) or None,
+        trial_of=trial_of,
     )
 
 
 def rounds_of(event: Event) -> int:
-    """How many rounds one charge pays for."""
+    """How many rounds one charge pays for: of a search, those of its longest trial, evaluation included."""
+    if isinstance(event, Selection):
+        return max(sum(rounds_of(part) * count for part, count in trial) for trial in event.trials)
     return event.rounds if isinstance(event, CorrelatedGaussian | LocalGaussian) else 1
 
 

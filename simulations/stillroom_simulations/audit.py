@@ -109,6 +109,7 @@ def _statement(events: Sequence[Event], plan: Plan) -> PrivacyStatement:
         clip_norm=plan.clip_norm,
         rehearsal=plan.rehearsal,
         mechanism=plan.mechanism,
+        trial_of=plan.trial_of,
     )
 
 
@@ -137,7 +138,7 @@ def _check_adapters(home: Path, plan: Plan, events: Sequence[Event], rows: Seque
                 f"ends with row {rows[-1].seq}: rows after it were cut off; restore the newest copy"
             )
         recomputed = _statement(events[: sum(own <= stated.rounds for own in paid)], plan)
-        if (stated.unit, stated.delta) != (recomputed.unit, recomputed.delta) or _understated(stated, recomputed):
+        if (stated.unit, stated.delta) != (recomputed.unit, recomputed.delta) or understated(stated, recomputed):
             raise LedgerError(
                 f"{folder} states {stated.against}, its {stated.rounds} rounds cost {recomputed.against} at delta "
                 f"{recomputed.delta}, {recomputed.unit} level: do not trust that adapter"
@@ -145,7 +146,7 @@ def _check_adapters(home: Path, plan: Plan, events: Sequence[Event], rows: Seque
     return len(folders)
 
 
-def _understated(stated: PrivacyStatement, recomputed: PrivacyStatement) -> bool:
+def understated(stated: PrivacyStatement, recomputed: PrivacyStatement) -> bool:
     """Whether an adapter claims less than its events cost, against anybody or by any accountant; None is infinity."""
 
     def less(claim: float | None, cost: float | None) -> bool:

@@ -1,4 +1,4 @@
-"""`stillroom demo` and `stillroom report`: a whole federation in one process, and the page about it.
+"""`stillroom demo`, `report`, `tune`, `audit` and `bench`: whole federations in one process, and what can be asked of them.
 
 Only typer is imported here; what a command needs is imported when it runs (`stillroom_shared.cli`).
 """
@@ -19,6 +19,7 @@ def register(app: typer.Typer) -> None:
     """Add the commands of the simulations room."""
     app.command()(demo)
     app.command()(report)
+    app.command()(tune)
     group = typer.Typer(name="audit", help="Check what was spent and what leaked.", no_args_is_help=True)
     group.command()(ledger)
     group.command()(canaries)
@@ -62,24 +63,95 @@ def report(folder: Annotated[Path, typer.Argument(metavar="DIR", help="What `sti
 
 
 def ledger(
-    path: Annotated[Path, typer.Argument(help="A coordinator's home, or its ledger with the plan beside it.")],
+    paths: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="PATH...",
+            help="Homes of coordinators or searches, or a ledger with the plan beside it; several add up.",
+        ),
+    ],
     key: Annotated[str | None, typer.Option(help="Public key that must have signed every row, in hexadecimal.")] = None,
     head: Annotated[
         str | None,
         typer.Option(metavar="HASH", help="Hash of the last row that a counterpart has seen of this ledger."),
     ] = None,
+    delta: Annotated[
+        float | None, typer.Option(help="Of several ledgers together.  [default: the smallest of their plans]")
+    ] = None,
 ) -> None:
-    """Verify every row of a ledger and print its privacy statement; exit status 1 on any break, naming the row."""
+    """Verify every row and print the privacy statement, or what several ledgers cost together; exit status 1 on any break."""
     from stillroom_simulations.audit import audit_ledger
+    from stillroom_simulations.joint_audit import audit_jointly, audit_search, is_search, observed_words
 
-    found = audit_ledger(path, public_key=key, head=head)
     trust = "signed by the key you named" if key else "consistent with itself; name --key to prove whose they are"
     whole = "the head you named is among them" if head else "name --head to prove that none is cut off at the end"
+    if len(paths) > 1:
+        if head is not None:
+            raise SettingsError(f"--head {head} is of one ledger: name that ledger alone, then all of them without it")
+        typer.echo(f"{audit_jointly(paths, public_key=key, delta=delta).text()}\n\nrows are {trust}")
+        return
+    [path] = paths
+    if delta is not None:
+        raise SettingsError(f"--delta {delta} is for several ledgers: one is stated at the delta of its plan")
+    if is_search(path):
+        searched = audit_search(path, public_key=key, head=head)
+        typer.echo(f"{searched.rows} rows verified, {trust}; {whole}\nhead {searched.head}\n")
+        typer.echo(f"{searched.statement.paragraph()}\n\n{observed_words(searched)}")
+        return
+    found = audit_ledger(path, public_key=key, head=head)
     typer.echo(f"{found.rows} rows verified, {trust}; {whole}\nhead {found.head}")
     typer.echo(f"{found.adapters} published adapters state what its events cost")
     for device, reason in found.refused.items():
         typer.echo(f"refused: device {device!r}, whose updates count as zero: {reason}")
     typer.echo(f"\n{found.statement.paragraph()}")
+
+
+def tune(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="What `stillroom demo --out` wrote.")],
+    candidates: Annotated[
+        list[str],
+        typer.Option("--candidate", metavar="KEY=V1,V2", help="Values of a setting to draw from; repeated: all pairs."),
+    ],
+    home: Annotated[
+        Path | None, typer.Option(help="Home of the search; the same resumes.  [default: DIR/search]")
+    ] = None,
+    trials: Annotated[float, typer.Option(help="Mean number of trials.")] = 5.0,
+    distribution: Annotated[
+        str, typer.Option(help="Of the number of trials: negative-binomial or poisson.")
+    ] = "negative-binomial",
+    shape: Annotated[float, typer.Option(help="Of the negative binomial; 0: logarithmic, 1: geometric.")] = 0.0,
+    retries: Annotated[int, typer.Option(help="Interruptions within a trial that are paid for beforehand.")] = 1,
+    budget: Annotated[float, typer.Option(help="Most epsilon of the search, against readers of releases.")] = 8.0,
+    evaluation_noise: Annotated[float, typer.Option(help="Noise multiplier of the score of a trial.")] = 10.0,
+    settings: Annotated[
+        Path | None, typer.Option(envvar="STILLROOM_SETTINGS", help="A TOML file; docs/settings.md lists its keys.")
+    ] = None,
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one setting; may be repeated.")
+    ] = None,
+) -> None:
+    """Search over settings of rounds on a demo's devices, privately: the best of a hidden number of trials, all charged."""
+    _only_our_own_progress()
+    logging.getLogger("absl").setLevel(logging.ERROR)  # orders at which a Renyi series does not converge are left out
+    from stillroom_server.search_costs import planning_table
+    from stillroom_shared.settings import load_settings
+    from stillroom_simulations.tuning import Tuning, open_tuning, prepare_tuning, tuning_cost
+
+    asked = Tuning(
+        choices=candidates, distribution=distribution, mean_trials=trials, shape=shape, retries=retries,
+        budget_epsilon=budget, evaluation_noise=evaluation_noise,
+    )  # fmt: skip
+    made = prepare_tuning(load_settings(settings, _pairs(changes or [])), folder, home or folder / "search", asked)
+    typer.echo(planning_table([tuning_cost(made)], made.plan.delta) + "\n")
+    with open_tuning(made) as search:
+        sealed = search.run(lambda done, drawn: typer.echo(f"trial {done} of {drawn} is finished"))
+        best = search.best
+        typer.echo(
+            f"\nbest     trial {best['trial']}, {best['settings']}\nadapter  {sealed}"
+            if best
+            else "\nno trial was drawn"
+        )
+        typer.echo(f"\n{search.statement().paragraph()}")
 
 
 def receipt(

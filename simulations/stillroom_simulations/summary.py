@@ -171,7 +171,7 @@ def _corpus(run: DemoRun) -> dict[str, Any]:
 def _privacy(coordinator: Coordinator) -> dict[str, Any]:
     made = coordinator.statement()
     return {
-        "epsilon": made.epsilon["PLD"],
+        "epsilon": made.against[READERS],
         "delta": made.delta,
         "unit": made.unit,
         "mechanism": made.mechanism,
@@ -181,7 +181,7 @@ def _privacy(coordinator: Coordinator) -> dict[str, Any]:
         "rounds": made.rounds,
         "devices": made.devices,
         "clip_norm": made.clip_norm,
-        "accountant": "PLD",
+        "accountant": made.accountant,
         "epsilon_by_accountant": made.epsilon,
         "against": made.against,
         "coordinator": "none" if made.against[COORDINATOR] is None else made.against[COORDINATOR],
