@@ -28,7 +28,14 @@ from stillroom_shared.errors import ProtocolError
 from stillroom_shared.local_mechanism import noise_alone
 from stillroom_shared.local_rounds import LocalRounds
 from stillroom_shared.mechanism import Mechanism, Update
-from stillroom_shared.protocol import RoundOrder, enrolment_message, read_order, update_message
+from stillroom_shared.protocol import (
+    EvaluationOrder,
+    RoundOrder,
+    enrolment_message,
+    read_evaluation,
+    read_order,
+    update_message,
+)
 from stillroom_shared.randomness import Randomness
 
 if TYPE_CHECKING:
@@ -53,18 +60,24 @@ class UpdateSource(Protocol):
         ...
 
 
+class ScoreSource(Protocol):
+    """Compares two adapters on a device's held-back queries: alone, or with an encoder that simulated devices share."""
+
+    def check(self, home: Path, order: EvaluationOrder) -> None:
+        """Raise when this order cannot be followed, before anything is spent on it."""
+        ...
+
+    def difference(self, home: Path, order: EvaluationOrder, baseline: Adapter, candidate: Adapter) -> float | None:
+        """Mean nDCG of the candidate minus that of the baseline; None without held-back queries."""
+        ...
+
+
 class OwnUpdates:
     """The deployment's source: open the device, mine its records, train."""
 
     def check(self, home: Path, order: RoundOrder) -> None:
         """Refuse a round for another release than the device holds."""
-        from stillroom_client.device import Device
-
-        with Device.open(home) as device:
-            if device.release.id != order.release:
-                raise ProtocolError(
-                    f"round is for release {order.release[:12]}, this device holds {device.release.id[:12]}"
-                )
+        _require_release(home, order)
 
     def update(self, home: Path, order: RoundOrder, adapter: Adapter) -> NDArray[np.float32]:
         """Train on the device's own records."""
@@ -76,10 +89,17 @@ class OwnUpdates:
         with Device.open(home) as device:
             encoder, folder = Encoder(device.release), device.release.folder
             if not isinstance(mechanism, LocalRounds):
-                records = mine_records(device, encoder, candidates=order.candidates)
+                records = mine_records(device, encoder, candidates=order.candidates, held_back_share=order.held_back)
                 return _trainer(folder, adapter.spec).update(adapter, records, local_work(order))
             most = mechanism.training.records
-            records = mine_records(device, encoder, candidates=order.candidates, one_per_query=True, most=most)
+            records = mine_records(
+                device,
+                encoder,
+                candidates=order.candidates,
+                one_per_query=True,
+                most=most,
+                held_back_share=order.held_back,
+            )
         return _private_trainer(folder, adapter.spec).update(
             adapter,
             records,
@@ -90,10 +110,31 @@ class OwnUpdates:
         )
 
 
-def client_app(source: UpdateSource | None = None) -> ClientApp:
-    """A client app that takes its updates from `source`."""
+class OwnScores:
+    """The deployment's source: open the device, search its own index with both adapters."""
+
+    def check(self, home: Path, order: EvaluationOrder) -> None:
+        """Refuse an evaluation for another release than the device holds."""
+        _require_release(home, order)
+
+    def difference(self, home: Path, order: EvaluationOrder, baseline: Adapter, candidate: Adapter) -> float | None:
+        """Score the device's own held-back queries."""
+        from stillroom_client.device import Device
+        from stillroom_client.encoder import Encoder
+        from stillroom_client.scoring import held_back_difference
+
+        with Device.open(home) as device:
+            encoder = Encoder(device.release)
+            return held_back_difference(
+                device, encoder, baseline, candidate, share=order.held_back, cutoff=order.cutoff
+            )
+
+
+def client_app(source: UpdateSource | None = None, scores: ScoreSource | None = None) -> ClientApp:
+    """A client app that takes its updates from `source`, and what it makes of adapters from `scores`."""
     app = ClientApp()
     updates = source or OwnUpdates()
+    own_scores = scores or OwnScores()
 
     @app.query("enrol")
     def enrol(message: Message, context: Context) -> Message:
@@ -128,6 +169,28 @@ def client_app(source: UpdateSource | None = None) -> ClientApp:
             answer = nothing(mechanism, order)
         return Message(update_message(answer, receipt.model_dump_json() if receipt else None), reply_to=message)
 
+    @app.evaluate()
+    def evaluate(message: Message, context: Context) -> Message:
+        try:
+            order, baseline, candidate = read_evaluation(message.content)
+        except Exception:
+            _log.exception("the order of an evaluation cannot be followed")
+            raise ProtocolError(_SAYS_NOTHING) from None
+        receipt = None
+        try:
+            home = _home(context)
+            try:
+                own_scores.check(home, order)
+                receipt = take_part(home, order)
+            except Exception as error:
+                receipt = refuse(home, order, error)
+                raise
+            answer = order.comparison.answer(own_scores.difference(home, order, baseline, candidate))
+        except Exception:  # as above: this device has nothing to say, and says that like every other
+            _log.exception("evaluation %d: this device sends zeros", order.evaluation)
+            answer = order.comparison.answer(None)
+        return Message(update_message(answer, receipt and receipt.model_dump_json()), reply_to=message)
+
     return app
 
 
@@ -144,6 +207,16 @@ def local_work(order: RoundOrder) -> LocalWork:
     from stillroom_client.training import LocalWork
 
     return LocalWork(steps=order.steps, learning_rate=order.learning_rate, temperature=order.temperature)
+
+
+def _require_release(home: Path, order: RoundOrder | EvaluationOrder) -> None:
+    from stillroom_client.device import Device
+
+    with Device.open(home) as device:
+        if device.release.id != order.release:
+            raise ProtocolError(
+                f"the order is for release {order.release[:12]}, this device holds {device.release.id[:12]}"
+            )
 
 
 def _home(context: Context) -> Path:

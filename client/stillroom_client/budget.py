@@ -51,7 +51,7 @@ class Guarantee:
 
 @dataclass(frozen=True, kw_only=True)
 class Spent:
-    """What one federation had of this device: `rounds` joined, in `attempts` (each charged), and `declined` ones."""
+    """What one federation had of this device: `rounds` joined; `attempts` charged, at evaluations too; `declined` ones."""
 
     federation: str
     rounds: int
@@ -163,7 +163,7 @@ def _by_federation(rows: Sequence[Row]) -> tuple[Spent, ...]:
     return tuple(
         Spent(
             federation=name,
-            rounds=len({purpose["round"] for purpose in joined if purpose["federation"] == name}),
+            rounds=len({p["round"] for p in joined if p["federation"] == name and "evaluation" not in p}),
             attempts=sum(purpose["federation"] == name for purpose in joined),
             declined=declined[name],
         )

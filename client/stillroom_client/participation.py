@@ -39,7 +39,7 @@ from stillroom_shared.errors import (
 from stillroom_shared.files import exclusive, replace_file
 from stillroom_shared.ledger import Budget, Ledger, Row
 from stillroom_shared.mechanism import MechanismName
-from stillroom_shared.protocol import RoundOrder
+from stillroom_shared.protocol import EvaluationOrder, RoundOrder
 from stillroom_shared.receipts import Attempt, Charges, Receipt, issue, lost, read_receipt
 from stillroom_shared.signing import SigningKey
 from stillroom_shared.statement import OBSERVERS
@@ -47,6 +47,8 @@ from stillroom_shared.statement import OBSERVERS
 LEDGER_FILE = "ledger.sqlite3"
 KEY_FILE = "device.key"
 CONSENT_FILE = "consent.json"
+Order = RoundOrder | EvaluationOrder
+"""What a device can be asked to take part in; one cap, one limit and one numbering of attempts for both."""
 _ABOUT = {"device": True}
 _MOST_DECLINED = 2_000  # a coordinator that asks without end must not fill the disk
 _LONGEST_REASON = 500
@@ -121,7 +123,7 @@ def set_limit(home: Path, epsilon: str, delta: float | None) -> Consent:
     return changed
 
 
-def take_part(home: Path, order: RoundOrder) -> Receipt | None:
+def take_part(home: Path, order: Order) -> Receipt | None:
     """Record this participation durably, or decline before anything is spent.
 
     Returns:
@@ -138,7 +140,9 @@ def take_part(home: Path, order: RoundOrder) -> Receipt | None:
     event = order.build_mechanism().participation_event()
     attempt, purpose = Attempt(order.round, order.attempt), _purpose(order.federation, order.round, order.attempt)
     turn = None
-    if order.schedule is not None:
+    if isinstance(order, EvaluationOrder):
+        purpose["evaluation"] = order.evaluation
+    elif order.schedule is not None:
         turn = Turn(**purpose, separation=order.schedule.separation, participations=order.schedule.participations)
         purpose = turn.purpose()
 
@@ -175,7 +179,7 @@ def take_part(home: Path, order: RoundOrder) -> Receipt | None:
         return _receipt(home, answered(rows, order.federation) | {attempt: event}, order.federation)
 
 
-def refuse(home: Path, order: RoundOrder, why: Exception) -> Receipt | None:
+def refuse(home: Path, order: Order, why: Exception) -> Receipt | None:
     """Record that an order was not followed, and why; what it returns looks as if it had been.
 
     Raises:
@@ -281,7 +285,7 @@ def _note(ledger: Ledger, fields: dict[str, Any], why: Exception) -> bool:
     return True
 
 
-def _require_agreed(consent: Consent, order: RoundOrder, home: Path) -> None:
+def _require_agreed(consent: Consent, order: Order, home: Path) -> None:
     if consent.federation not in (None, order.federation):
         raise ProtocolError(
             f"the order is of federation {order.federation!r}, this device joined {consent.federation!r}"

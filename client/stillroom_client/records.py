@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from stillroom_client.device import Device
 from stillroom_client.encoder import Encoder
+from stillroom_client.held_back import held_back
 from stillroom_client.training import Record
 
 MAXIMUM_RECORDS = 64
@@ -35,6 +36,7 @@ def mine_records(
     candidates: int,
     one_per_query: bool = False,
     most: int = MAXIMUM_RECORDS,
+    held_back_share: float = 0.0,
 ) -> list[Record]:
     """One record for each opened result whose passage is still indexed, most recent last.
 
@@ -43,8 +45,10 @@ def mine_records(
         candidates: rows of each record (fewer when the index is smaller), the opened passage first.
         one_per_query: merge the opened results of one query: what `local` needs, where the unit is a query.
         most: of the latest records; under `local` a public constant of the federation.
+        held_back_share: of the queries, left out for evaluation.
     """
-    history = [(seen.query, seen.passage_id) for seen in device.feedback()]
+    split = held_back(device, held_back_share)
+    history = [(seen.query, seen.passage_id) for seen in device.feedback() if not split.holds(seen.query)]
     opened = (_latest_of_each(history, encoder) if one_per_query else history)[-most:]
     if not opened:
         return []

@@ -13,6 +13,8 @@ its word, and looks into its own ledger before it answers.
 | fewer than `separation` rounds after the last one, or before it | `BudgetError` |
 | a round beyond the cap | `BudgetError` |
 | other limits than at an earlier participation | `BudgetError`: the noise was computed for those |
+
+Evaluations between rounds add nothing to a row, and do not count here.
 """
 
 from __future__ import annotations
@@ -50,7 +52,7 @@ def require_turn(turn: Turn, joined: Sequence[dict[str, Any]], *, every_attempt:
     Traceback (most recent call last):
     stillroom_shared.errors.BudgetError: round 6 of 'toy' comes 3 rounds after round 3, which this device joined: ...
     """
-    earlier = [purpose for purpose in joined if purpose.get("federation") == turn.federation]
+    earlier = [p for p in joined if p.get("federation") == turn.federation and "evaluation" not in p]
     limits = (turn.separation, turn.participations)
     for purpose in earlier:
         if "separation" not in purpose:

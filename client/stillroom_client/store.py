@@ -224,6 +224,16 @@ class Store:
             raise DataError(f"feedback is erased, but another process holds {self.path}-wal: end it, then erase again")
         return erased
 
+    def secret(self, name: str, *, first: bytes | None = None) -> bytes:
+        """A random value of this store, 32 bytes, made when first asked for, and then always the same.
+
+        `first`: taken in place of a random one, if there is none yet.
+        """
+        with self.writing():
+            made = first or secrets.token_bytes(32)
+            self._db.execute("INSERT OR IGNORE INTO meta VALUES (?, ?)", (name, made))
+            return bytes(self._meta(name))
+
     def close(self) -> None:
         """Give the file back; closing twice is harmless."""
         with self._lock:

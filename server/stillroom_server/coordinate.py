@@ -32,6 +32,7 @@ from stillroom_server.optimizer import OptimizerState
 from stillroom_server.plan import Plan
 from stillroom_server.receipts import ReceiptBook
 from stillroom_server.stream import RowStream
+from stillroom_server.verdict import evaluations_in, last_rolled_back
 from stillroom_shared.adapter import Adapter
 from stillroom_shared.correlated import Correlated
 from stillroom_shared.errors import BudgetError, LedgerError, ProtocolError
@@ -43,6 +44,7 @@ from stillroom_shared.mechanism import Mechanism, Released, Total
 from stillroom_shared.protocol import (
     ENROL,
     TRAIN,
+    EvaluationOrder,
     RoundOrder,
     order_message,
     read_enrolment,
@@ -51,7 +53,7 @@ from stillroom_shared.protocol import (
 )
 from stillroom_shared.randomness import Randomness
 from stillroom_shared.receipts import Attempt
-from stillroom_shared.release import Release, open_release, seal_adapter
+from stillroom_shared.release import Release, open_adapter, open_release, seal_adapter
 from stillroom_shared.signing import SigningKey
 from stillroom_shared.statement import PrivacyStatement, statement
 
@@ -89,6 +91,7 @@ class Coordinator:
         self.receipts = ReceiptBook(home, federation=self.plan.federation)
         self.state, self.unclipped = _load_state(home / _STATE_FILE, self.spec.size)
         self._check_ledger_covers_state()
+        self.settle()
 
     @property
     def finished(self) -> bool:
@@ -105,10 +108,12 @@ class Coordinator:
         return Adapter(self.spec, self.plan.optimizer.released_after(self.state, rounds).astype(np.float32))
 
     def run(self, grid: Grid, on_round: Callable[[RoundReport], None] = lambda report: None) -> None:
-        """Run the rounds that are left, then seal the adapter with its statement.
+        """Run the rounds that are left, then seal the adapter with its statement; where queries are held back, an evaluation
+        has to let it pass first (`evaluation.py`).
 
         Stops early, without error, when a retried round used up the budget: what was released stays released.
         """
+        self.settle()
         online: set[int] | None = None
         while not self.finished:
             if (now := wait_for_nodes(grid, self.plan)) != online:
@@ -119,12 +124,13 @@ class Coordinator:
                 self.ledger.record({"stopped": str(error)})
                 break
             on_round(RoundReport(round=len(self.state.history), rounds=self.plan.rounds, update_norm=norm))
-        self.publish()
+        if not self.plan.held_back:
+            self.publish()
 
     @property
     def published(self) -> Path:
         """Where the adapter after the rounds so far is, or will be, sealed."""
-        return self.home / ADAPTERS_FOLDER / f"round-{len(self.state.history):04d}"
+        return self._sealed(len(self.state.history))
 
     def publish(self) -> None:
         """Seal the released adapter beside the statement that covers every charge so far; once for each round."""
@@ -137,7 +143,7 @@ class Coordinator:
             round=len(self.state.history),
             statement=self.statement().model_dump(mode="json"),
             key=self.key,
-            ledger=self._ledger_head().position,
+            ledger=self.ledger_head().position,
         )
 
     def statement(self) -> PrivacyStatement:
@@ -151,24 +157,63 @@ class Coordinator:
             rehearsal=self.plan.rehearsal,
             mechanism=self.plan.mechanism,
             trial_of=self.plan.trial_of,
+            evaluations=sum("evaluation" in purpose for purpose in self.ledger.purposes()),
         )
+
+    def baseline(self) -> tuple[int, Adapter]:
+        """What was published last, and after how many rounds; zero after none."""
+        for rounds in range(len(self.state.history), 0, -1):
+            if (folder := self._sealed(rounds)).exists():
+                return rounds, open_adapter(folder, release=self.release, trusted_key=self.key.public).adapter
+        return 0, Adapter.zero(self.spec)
+
+    def settle(self) -> None:
+        """Do what the last evaluation decided, if that was not done before a crash.
+
+        Raises `LedgerError` when the checkpoint, or a result beside the adapters, is not what the ledger says.
+        """
+        adapters = self.home / ADAPTERS_FOLDER
+        if decided := evaluations_in(self.ledger.rows()):
+            last = decided[-1]
+            if not (copy := adapters / last.file_name).exists():
+                adapters.mkdir(exist_ok=True)
+                replace_file(copy, last.model_dump_json(indent=1).encode())
+            if last.round == len(self.state.history) and last.verdict == "publish":
+                self.publish()
+            elif last.round == len(self.state.history) and self.state.restart < last.round:
+                _, baseline = self.baseline()
+                self.state = self.state.rolled_back(baseline.values.astype(np.float64))
+                _save_state(self.home / _STATE_FILE, self.state, self.unclipped)
+        due, results = last_rolled_back(decided), len(list(adapters.glob("evaluation-*.json")))
+        if (self.state.restart, results) != (due, len(decided)):
+            self.ledger.close()
+            raise LedgerError(
+                f"{self.home} was rolled back at round {self.state.restart} and holds {results} evaluations, its ledger "
+                f"says {due} and {len(decided)}: one of them is an old copy; restore the newest of both"
+            )
+
+    def asked(self, round_number: int) -> int:
+        """Attempts at a round, and at evaluations after it: devices number both in one row."""
+        asked = [row.fields["asked"] for row in self.ledger.rows() if row.kind == "note" and "asked" in row.fields]
+        return sum(round_number in (own.get("round"), own.get("after")) for own in (*self.ledger.purposes(), *asked))
 
     def _round(self, grid: Grid, nodes: Mapping[str, int]) -> float:
         """One attempt at the next round; returns the norm of the released update."""
         order = self._next_order()
         mechanism = order.build_mechanism()
+        self._require_an_evaluation_after(mechanism)
         if isinstance(mechanism, Correlated):
             released = self._row(grid, nodes, order, mechanism)
         elif isinstance(mechanism, LocalRounds):
             self._charge_run(mechanism)
-            total = self._ask_turn(grid, nodes, order, mechanism)
-            released = mechanism.release(total, self._randomness("none", order))  # the noise is in the updates
+            total = self._ask_turn(grid, nodes, order)
+            released = mechanism.release(total, self.randomness("none", order))  # the noise is in the updates
         else:
             charged = {"round": order.round, "attempt": order.attempt}
             self.ledger.spend(mechanism.event(), budget=self.plan.budget, purpose=charged)
-            cohort = poisson_cohort(self.plan.enrolled, self.plan.sampling_rate, self._randomness("cohort", order))
-            total = self._ask(grid, nodes, cohort, order, mechanism)
-            released = mechanism.release(total, self._randomness("noise", order))
+            cohort = poisson_cohort(self.plan.enrolled, self.plan.sampling_rate, self.randomness("cohort", order))
+            total = self._ask(grid, nodes, cohort, order)
+            released = mechanism.release(total, self.randomness("noise", order))
         self.state = self.plan.optimizer.step(self.state, released.update)
         if released.unclipped is not None:
             self.unclipped += (released.unclipped,)
@@ -184,8 +229,8 @@ class Coordinator:
         with rows:
             update = rows.pending(order.round - 1)
             if update is None:  # no row was formed that the checkpoint lacks
-                total = self._ask_turn(grid, nodes, order, mechanism)
-                update = rows.release(order.round, total, self._randomness("noise", order))
+                total = self._ask_turn(grid, nodes, order)
+                update = rows.release(order.round, total, self.randomness("noise", order))
         return Released(update)
 
     def _charge_run(self, mechanism: Correlated | LocalRounds) -> None:
@@ -193,22 +238,33 @@ class Coordinator:
         if _WHOLE_RUN not in self.ledger.purposes():
             self.ledger.spend(mechanism.event(), budget=self.plan.budget, purpose=_WHOLE_RUN)
 
-    def _ask_turn(self, grid: Grid, nodes: Mapping[str, int], order: RoundOrder, mechanism: Mechanism) -> Total:
+    def _ask_turn(self, grid: Grid, nodes: Mapping[str, int], order: RoundOrder) -> Total:
         """Ask the devices whose turn it is, after a note: the next attempt must carry another number."""
         self.ledger.record({"asked": {"round": order.round, "attempt": order.attempt}})
-        return self._ask(grid, nodes, self.plan.rotation.cohort(order.round), order, mechanism)
+        return self._ask(grid, nodes, self.plan.rotation.cohort(order.round), order)
 
-    def _ask(
-        self, grid: Grid, nodes: Mapping[str, int], cohort: Sequence[str], order: RoundOrder, mechanism: Mechanism
+    def _ask(self, grid: Grid, nodes: Mapping[str, int], cohort: Sequence[str], order: RoundOrder) -> Total:
+        """Have the cohort train from the present iterate."""
+        order = order.model_copy(update={"ledger": self.ledger_head()})
+        content = order_message(order, Adapter(self.spec, self.state.iterate.astype(np.float32)))
+        return self.collect(grid, nodes, cohort, TRAIN, content, order)
+
+    def collect(
+        self,
+        grid: Grid,
+        nodes: Mapping[str, int],
+        cohort: Sequence[str],
+        kind: str,
+        content: RecordDict,
+        order: RoundOrder | EvaluationOrder,
     ) -> Total:
         """Broadcast to the cohort's devices that are online, and add up what they answer."""
-        order = order.model_copy(update={"ledger": self._ledger_head()})
-        content = order_message(order, Adapter(self.spec, self.state.iterate.astype(np.float32)))
         messages = [
-            Message(content, dst_node_id=nodes[name], message_type=TRAIN, group_id=str(order.round))
+            Message(content, dst_node_id=nodes[name], message_type=kind, group_id=str(order.round))
             for name in cohort
             if name in nodes
         ]
+        mechanism = order.build_mechanism()
         asked, names = Attempt(order.round, order.attempt), {node: name for name, node in nodes.items()}
         with self.receipts.round({asked: mechanism.participation_event()}) as admits:
             return sum_updates(
@@ -217,9 +273,18 @@ class Coordinator:
                 lambda node, receipt: admits(names[node], receipt),
             )
 
-    def _ledger_head(self) -> LedgerHead:
+    def ledger_head(self) -> LedgerHead:
         """What devices are shown of the ledger, with the spend of this attempt in it."""
         return head_of([row.hash for row in self.ledger.rows()])
+
+    def _require_an_evaluation_after(self, mechanism: Mechanism) -> None:
+        """Refuse a round after which the budget would not pay for the evaluation that it needs to be published."""
+        if self.plan.held_back and self.plan.budget and _WHOLE_RUN not in self.ledger.purposes():
+            after = self.plan.evaluation(number=1, round_number=1, attempt=1, release=self.release.id)
+            try:
+                self.plan.budget.check([*self.ledger.events(), mechanism.event(), after.build_mechanism().event()])
+            except BudgetError as error:
+                raise BudgetError(f"no budget would be left for the evaluation of what comes next: {error}") from error
 
     def _check_ledger_covers_state(self) -> None:
         """A ledger that was removed or restored from an old copy knows less than the checkpoint: refuse to go on."""
@@ -235,17 +300,19 @@ class Coordinator:
 
     def _next_order(self) -> RoundOrder:
         number = len(self.state.history) + 1
-        asked = [row.fields["asked"] for row in self.ledger.rows() if row.kind == "note" and "asked" in row.fields]
-        attempt = 1 + sum(earlier.get("round") == number for earlier in (*self.ledger.purposes(), *asked))
         return self.plan.order(
             round_number=number,
-            attempt=attempt,
+            attempt=1 + self.asked(number),
             release=self.release.id,
             dimension=self.spec.size,
             unclipped=self.unclipped,
         )
 
-    def _randomness(self, use: str, order: RoundOrder) -> Randomness:
+    def _sealed(self, rounds: int) -> Path:
+        return self.home / ADAPTERS_FOLDER / f"round-{rounds:04d}"
+
+    def randomness(self, use: str, order: RoundOrder | EvaluationOrder) -> Randomness:
+        """Fresh randomness for one use in one attempt; in a rehearsal with a seed, always the same."""
         if self.plan.seed is None:
             return Randomness()
         return Randomness(seed=f"{self.plan.seed}/{use}/{order.round}/{order.attempt}")
@@ -344,5 +411,6 @@ def _load_state(path: Path, size: int) -> tuple[OptimizerState, tuple[float, ...
     if not path.exists():
         return OptimizerState.start(np.zeros(size)), ()
     with np.load(path, allow_pickle=False) as arrays:
-        state = OptimizerState(**{name: arrays[name] for name in ("iterate", "velocity", "square", "history")})
+        values = {name: arrays[name] for name in ("iterate", "velocity", "square", "history")}
+        state = OptimizerState(**values, restart=int(arrays["restart"]) if "restart" in arrays else 0)
         return state, tuple(arrays["unclipped"].tolist())

@@ -55,7 +55,7 @@ class ServerOptimizer:
             velocity = self.momentum * state.velocity + (1 - self.momentum) * update
             square = self.square_momentum * square + (1 - self.square_momentum) * update**2
             # Both averages start at zero; what they lack after so many rounds is known (Kingma and Ba 2015, section 3).
-            rounds = len(state.history) + 1
+            rounds = len(state.history) + 1 - state.restart
             first, second = velocity / (1 - self.momentum**rounds), square / (1 - self.square_momentum**rounds)
             direction = first / (np.sqrt(second) + self.floor)
         iterate = state.iterate + self.learning_rate * direction
@@ -70,20 +70,38 @@ class ServerOptimizer:
         """What `released` was after so many rounds; zero, where every federation starts, before the first."""
         if rounds == 0:
             return np.zeros_like(state.iterate)
-        window = max(1, round(self.averaging * rounds))
+        window = max(1, round(self.averaging * (rounds - state.restart)))
         return np.asarray(state.history[rounds - window : rounds].mean(axis=0), np.float64)
 
 
 @dataclass(frozen=True, eq=False)
 class OptimizerState:
-    """`iterate`, `velocity` and `square` (size,), `history` (rounds, size): every iterate so far; all already released."""
+    """Where the rounds stand; all of it has been released already.
+
+    Attributes:
+        iterate, velocity, square: (size,).
+        history: (rounds, size), what stood after each round.
+        restart: rounds that were rolled back, with all before them: neither averages nor moments reach behind them.
+    """
 
     iterate: NDArray[np.float64]
     velocity: NDArray[np.float64]
     square: NDArray[np.float64]
     history: NDArray[np.float64]
+    restart: int = 0
 
     @classmethod
     def start(cls, values: NDArray[np.float64]) -> OptimizerState:
         """The state before the first round."""
         return cls(values, np.zeros_like(values), np.zeros_like(values), np.zeros((0, len(values))))
+
+    def rolled_back(self, values: NDArray[np.float64]) -> OptimizerState:
+        """Go on from `values`, (size,). Rounds so far stay counted, as if each had ended there.
+
+        >>> optimizer = ServerOptimizer(learning_rate=1.0, momentum=0.9, averaging=1.0)
+        >>> state = optimizer.step(OptimizerState.start(np.zeros(1)), np.array([8.0])).rolled_back(np.array([2.0]))
+        >>> optimizer.released(state).tolist(), optimizer.released(optimizer.step(state, np.ones(1))).tolist()
+        ([2.0], [3.0])
+        """
+        rounds = len(self.history)
+        return replace(OptimizerState.start(values), history=np.tile(values, (rounds, 1)), restart=rounds)

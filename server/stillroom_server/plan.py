@@ -19,7 +19,7 @@ from stillroom_server.optimizer import OptimizerName, ServerOptimizer
 from stillroom_shared.errors import SettingsError, StillroomError
 from stillroom_shared.ledger import Budget
 from stillroom_shared.mechanism import MechanismName
-from stillroom_shared.protocol import RoundOrder, Schedule
+from stillroom_shared.protocol import EvaluationOrder, RoundOrder, Schedule
 
 PLAN_FILE = "plan.json"
 
@@ -43,6 +43,11 @@ class Plan(BaseModel):
         coefficients: of `correlated`: of the noise, in units of 1 / `toeplitz.ONE`.
         records, record_rate: of `local`: most records that a device trains on, and the chance of each in a step.
         local_steps: passes over a device's records; under `local` noisy steps.
+        held_back: share of each device's queries that is never trained on. Above 0, no adapter is published before an
+            evaluation on them let it pass (`evaluation.py`).
+        evaluation_bound: largest difference of one device's nDCG that an evaluation counts.
+        evaluation_noise: noise multiplier of an evaluation.
+        evaluation_rate: chance of a device to be asked in an evaluation.
         wait_for_nodes: how many nodes must be online before a round is charged; who is online is no private data.
         seed: fixes all randomness; allowed only in a rehearsal, whose statements promise nothing.
         trial_of: the search (`stillroom_server.search`) that these rounds are one trial of; what it publishes by itself
@@ -76,6 +81,10 @@ class Plan(BaseModel):
     server_learning_rate: float = Field(gt=0)
     momentum: float = Field(ge=0, lt=1)
     averaging: float = Field(ge=0, le=1)
+    held_back: float = Field(default=0.0, ge=0, lt=1)
+    evaluation_bound: float = Field(default=0.2, gt=0, le=1)
+    evaluation_noise: float = Field(default=4.0, gt=0)
+    evaluation_rate: float = Field(default=1.0, gt=0, le=1)
     reply_timeout_seconds: float = Field(default=600.0, gt=0)
     wait_for_nodes: int = Field(default=1, ge=0)
     rehearsal: bool = False
@@ -98,7 +107,26 @@ class Plan(BaseModel):
         self._require_schedule()
         if self.mechanism == "none" and self.clip_quantile is not None:
             raise ValueError(f"clip_quantile {self.clip_quantile}: mechanism none clips nothing, remove it")
+        if self.held_back:
+            self._require_evaluation()
         return self
+
+    def _require_evaluation(self) -> None:
+        """Raise `ValueError` where an evaluation, which is a `central` release, would promise less than the rounds do."""
+        if self.mechanism not in ("none", "central", "correlated"):
+            raise ValueError(
+                f"held_back {self.held_back}: under {self.mechanism!r} the coordinator sees noise only, an evaluation would "
+                "show it single differences; set held_back to 0"
+            )
+        if self.mechanism == "correlated" and self.evaluation_rate != 1:
+            raise ValueError(
+                f"evaluation_rate {self.evaluation_rate}: devices take turns where they cannot be sampled, which an evaluation "
+                "cannot do either; set it to 1"
+            )
+        try:
+            self.evaluation(number=1, round_number=1, attempt=1, release="any").build_mechanism()
+        except StillroomError as error:
+            raise ValueError(f"evaluation: {error}") from error
 
     def _require_schedule(self) -> None:
         """Raise `ValueError` unless there is what the mechanism needs and nothing else, and it covers every round."""
@@ -197,6 +225,27 @@ class Plan(BaseModel):
             learning_rate=self.local_learning_rate,
             temperature=self.temperature,
             candidates=self.candidates,
+            held_back=self.held_back,
+        )
+
+    def evaluation(self, *, number: int, round_number: int, attempt: int, release: str) -> EvaluationOrder:
+        """What devices are told in one attempt at one evaluation; `SettingsError` when no query is held back for it."""
+        if not self.held_back:
+            raise SettingsError(
+                "held_back is 0 in the plan, so every query was trained on and none can judge: set held_back in the plan "
+                "(in the demo: --set evaluation.held_back=0.2) before the first round"
+            )
+        return EvaluationOrder(
+            federation=self.federation,
+            release=release,
+            round=round_number,
+            attempt=attempt,
+            evaluation=number,
+            noise_multiplier=self.evaluation_noise,
+            sampling_rate=self.evaluation_rate,
+            devices=len(self.enrolled),
+            bound=self.evaluation_bound,
+            held_back=self.held_back,
         )
 
     def save(self, home: Path) -> None:

@@ -1,9 +1,10 @@
-"""The messages of a round: two exchanges with a closed schema. What is not listed here does not travel.
+"""The messages of rounds and evaluations: exchanges with a closed schema. What is not listed here does not travel.
 
 | message | server sends | device answers |
 |---|---|---|
 | `query.enrol` | nothing | its enrolment name |
 | `train` | the adapter values and the public constants of the round | one vector of int32 of fixed length, and a receipt |
+| `evaluate` | two adapters and the public constants of the evaluation | the same, of length 2 |
 
 The receipt tells which attempts of this federation the device was asked for, this one included, and travels where the
 owner named the federation; it is a function of orders and of the device's ledger, never of documents, queries or
@@ -19,7 +20,7 @@ from __future__ import annotations
 import io
 import json
 import math
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
@@ -27,6 +28,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from stillroom_shared.adapter import Adapter, AdapterSpec
+from stillroom_shared.comparison import Comparison
 from stillroom_shared.correlated import Correlated
 from stillroom_shared.errors import ProtocolError, StillroomError
 from stillroom_shared.heads import LedgerHead
@@ -35,6 +37,7 @@ from stillroom_shared.local_rounds import LocalRounds
 from stillroom_shared.mechanism import Central, MechanismName, NoPrivacy, Update
 
 TRAIN = "train"
+EVALUATE = "evaluate"
 ENROL = "query.enrol"
 
 _VALUES = "values"
@@ -71,7 +74,8 @@ class RoundOrder(BaseModel):
     """The public constants of one attempt at one round; the same for every device.
 
     A device refuses an order whose federation or release is not its own. `steps`, `learning_rate` and `temperature` are
-    the local work; the rest names the mechanism, so that a device can account for what it takes part in.
+    the local work, from all but the share `held_back` of its queries (`stillroom_client.held_back`); the rest names the
+    mechanism, so that a device can account for what it takes part in.
 
     Attributes:
         ledger: how far the coordinator's ledger has come with the spend of this attempt.
@@ -103,6 +107,7 @@ class RoundOrder(BaseModel):
     learning_rate: float = Field(gt=0)
     temperature: float = Field(gt=0)
     candidates: int = Field(ge=2)
+    held_back: float = Field(default=0.0, ge=0, lt=1)
     ledger: LedgerHead | None = None
 
     def build_mechanism(self) -> Central | Correlated | LocalRounds | NoPrivacy:
@@ -151,6 +156,78 @@ class RoundOrder(BaseModel):
         raise ProtocolError(f"round {self.round}: mechanism {self.mechanism!r} lacks coefficients, or records and rate")
 
 
+class EvaluationOrder(BaseModel):
+    """The public constants of one attempt at one evaluation; the same for every device.
+
+    Attributes:
+        round: the last round that was released. A device answers each attempt of a federation once and in order, so attempts
+            at an evaluation are numbered on from those at that round.
+        evaluation: its number in the federation.
+        bound: largest difference of nDCG that counts, see `Comparison`.
+        held_back: share of a device's queries that it scores, never trained on.
+        cutoff: results of each query that are looked at.
+        ledger: how far the coordinator's ledger has come with the spend of this attempt.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    federation: str = Field(min_length=1)
+    release: str = Field(min_length=1)
+    round: int = Field(ge=1)
+    attempt: int = Field(ge=1)
+    evaluation: int = Field(ge=1)
+    mechanism: Literal["central"] = "central"
+    noise_multiplier: float = Field(gt=0)
+    sampling_rate: float = Field(gt=0, le=1)
+    devices: int = Field(ge=1)
+    bound: float = Field(gt=0, le=1)
+    held_back: float = Field(gt=0, lt=1)
+    cutoff: Literal[10] = 10
+    ledger: LedgerHead | None = None
+
+    @property
+    def comparison(self) -> Comparison:
+        """How differences are bounded, summed and read."""
+        return Comparison(
+            bound=self.bound,
+            noise_multiplier=self.noise_multiplier,
+            sampling_rate=self.sampling_rate,
+            devices=self.devices,
+        )
+
+    def build_mechanism(self) -> Central:
+        """The mechanism value that both sides use."""
+        return self.comparison.mechanism
+
+
+def evaluation_message(order: EvaluationOrder, baseline: Adapter, candidate: Adapter) -> RecordDict:
+    """What the server sends to a device that is to compare two adapters."""
+    fields = {"order": order.model_dump_json(), "spec": json.dumps(candidate.spec.to_json(), sort_keys=True)}
+    return RecordDict(
+        {
+            "evaluation": ConfigRecord(dict(fields)),
+            "baseline": _vector(baseline.values),
+            "candidate": _vector(candidate.values),
+        }
+    )
+
+
+def read_evaluation(content: RecordDict) -> tuple[EvaluationOrder, Adapter, Adapter]:
+    """The order, the baseline and the candidate, as a device reads them; `ProtocolError` says what does not fit."""
+    _require_keys(content, {"evaluation", "baseline", "candidate"})
+    try:
+        fields = content.config_records["evaluation"]
+        order = EvaluationOrder.model_validate_json(str(fields["order"]))
+        spec = AdapterSpec.from_json(json.loads(str(fields["spec"])))
+        baseline, candidate = (_read_adapter(content, name, spec) for name in ("baseline", "candidate"))
+        order.build_mechanism()
+    except (KeyError, TypeError, ValueError, ValidationError, StillroomError) as error:
+        raise ProtocolError(
+            f"the order of an evaluation cannot be read ({error}): server and device run different versions"
+        ) from error
+    return order, baseline, candidate
+
+
 def order_message(order: RoundOrder, adapter: Adapter) -> RecordDict:
     """What the server sends to a device of the cohort."""
     fields = {"order": order.model_dump_json(), "spec": json.dumps(adapter.spec.to_json(), sort_keys=True)}
@@ -164,8 +241,7 @@ def read_order(content: RecordDict) -> tuple[RoundOrder, Adapter]:
         fields = content.config_records["round"]
         order = RoundOrder.model_validate_json(str(fields["order"]))
         spec = AdapterSpec.from_json(json.loads(str(fields["spec"])))
-        values = _read_vector(content.array_records["adapter"], np.dtype(np.float32), spec.size)
-        adapter = Adapter(spec, values.astype(np.float32))
+        adapter = _read_adapter(content, "adapter", spec)
     except (KeyError, TypeError, ValueError, ValidationError, StillroomError) as error:
         raise ProtocolError(
             f"the round's order cannot be read ({error}): server and device run different versions"
@@ -214,6 +290,11 @@ def read_enrolment(content: RecordDict) -> str:
     if not isinstance(name, str) or not name:
         raise ProtocolError(f"enrolment name {name!r} is not a non-empty string")
     return name
+
+
+def _read_adapter(content: RecordDict, name: str, spec: AdapterSpec) -> Adapter:
+    values = _read_vector(content.array_records[name], np.dtype(np.float32), spec.size)
+    return Adapter(spec, values.astype(np.float32))
 
 
 def _vector(values: NDArray[np.float32] | NDArray[np.int32]) -> ArrayRecord:

@@ -141,6 +141,17 @@ class RoundsSettings(Group):
         return self
 
 
+class EvaluationSettings(Group):
+    """Private evaluation, which decides what is published. Public constants of the federation, as `rounds` is."""
+
+    held_back: float = Field(
+        0.0, ge=0, lt=1, description="share of each device's queries to judge adapters by; 0: none, publish unjudged"
+    )
+    bound: float = Field(0.2, gt=0, le=1, description="largest difference of one device's nDCG that counts")
+    noise_multiplier: float = Field(4.0, gt=0, description="noise standard deviation / sensitivity")
+    sampling_rate: float = Field(1.0, gt=0, le=1, description="chance of a device to be asked")
+
+
 _NOISE = ("clip_norm", "noise_multiplier", "target_epsilon")
 
 
@@ -175,6 +186,7 @@ class Settings(Group):
     adapter: AdapterSettings = AdapterSettings()
     rounds: RoundsSettings = RoundsSettings()
     nonprivate: RoundsSettings = Field(default_factory=_without_privacy)
+    evaluation: EvaluationSettings = EvaluationSettings()
     speed: SpeedSettings = SpeedSettings()
     seed: int = Field(0, ge=0, description="seed of the simulated population, its cohorts and its rehearsal noise")
 

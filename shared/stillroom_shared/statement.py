@@ -53,6 +53,7 @@ class PrivacyStatement(BaseModel):
             `correlated` only, where the guarantee rests on it.
         steps, record_rate: under `local`: noisy steps of a participation, and the chance of each query to be in one.
         rounds: charged; under "turns" all of the run, released or not.
+        evaluations: charged; each is one more release of the same unit.
         rehearsal: the noise came from a known seed; nothing is promised to anybody who knows it.
         search: how the number of trials was drawn, where this is the best of them; None where nothing was searched for.
         trial_of: the search that these rounds are one trial of. The trial alone promises nothing: the search does.
@@ -73,6 +74,7 @@ class PrivacyStatement(BaseModel):
     record_rate: float | None = None
     sampling_rate: float
     rounds: int
+    evaluations: int = 0
     devices: int
     delta: float
     epsilon: dict[str, float | None]
@@ -111,7 +113,7 @@ class PrivacyStatement(BaseModel):
             return " ".join([*self._of_a_query(readers), *self._rehearsed()])
         sentences = [
             f"The unit of protection is one user: everything on one of {self.devices:,} enrolled devices.",
-            f"Against {READERS}, {self._charged()} cost {self._figure(READERS)}:",
+            f"Against {READERS}, {self._charged()}{self._and_evaluations()} cost {self._figure(READERS)}:",
             "whatever somebody concludes from the released models, they would have concluded almost as likely had the "
             f"device contributed nothing; the factor is at most e to the {printed_epsilon(readers)}, "
             f"but for a chance of {self.delta:.1e}.",
@@ -145,11 +147,14 @@ class PrivacyStatement(BaseModel):
 
     def _charged(self) -> str:
         """What the guarantee covers."""
-        rounds = f"{self.rounds} round{'s' * (self.rounds != 1)}"
+        rounds = _counted(self.rounds, "round")
         if self.search is None:
             return rounds
         paid = f"{rounds} charged for a trial, its evaluation and reserved retries"
         return f"the best trial of a search over settings ({paid}), out of a hidden number of trials ({self.search}),"
+
+    def _and_evaluations(self) -> str:
+        return f" and {_counted(self.evaluations, 'evaluation')}" if self.evaluations else ""
 
     def _seen_by_observers(self) -> str:
         found = self._figure(OBSERVERS)
@@ -165,7 +170,7 @@ class PrivacyStatement(BaseModel):
             )
         return (
             f"Against {OBSERVERS}, who may see which devices take part and read the releases, sampling hides nothing: "
-            f"{found} for a device that joined every round."
+            f"{found} for a device that joined every round{' and evaluation' if self.evaluations else ''}."
         )
 
     def _figure(self, adversary: str) -> str:
@@ -183,10 +188,12 @@ def statement(
     rehearsal: bool,
     mechanism: MechanismName = "central",
     trial_of: str | None = None,
+    evaluations: int = 0,
 ) -> PrivacyStatement:
     """The statement for all events charged so far, released or not; `mechanism` decides where there are none yet.
 
     With `trial_of` it promises nothing: what the events cost depends on the search that they are a trial of.
+    `evaluations` is how many of the events are evaluations; all others are rounds.
 
     >>> from stillroom_shared.accounting import SampledGaussian
     >>> step = SampledGaussian(noise_multiplier=2.0, sampling_rate=0.5, sigma=2**29, dimension=9_216)
@@ -223,7 +230,8 @@ def statement(
         noise_multiplier=min((event.noise_multiplier for event in gaussians), default=None) if protected else None,
         clip_norm=clip_norm if protected else None,
         sampling_rate=sampling_rate,
-        rounds=sum(rounds_of(event) for event in events),
+        rounds=sum(rounds_of(event) for event in events) - evaluations,
+        evaluations=evaluations,
         devices=devices,
         delta=delta,
         epsilon={**readers},
@@ -248,3 +256,7 @@ def rounds_of(event: Event) -> int:
 def printed_epsilon(value: float) -> str:
     """Two digits, rounded up: a guarantee is never printed better than it is."""
     return f"{math.ceil(value * 100) / 100:.2f}"
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"

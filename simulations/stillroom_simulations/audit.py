@@ -75,7 +75,7 @@ def audit_ledger(path: Path, *, public_key: str | None = None, head: str | None 
         raise LedgerError(
             f"{ledger_path} began with another plan than {plan_home / PLAN_FILE}: restore the original plan"
         )
-    made = _statement(events, plan)
+    made = _statement(events, plan, evaluations=_evaluations(rows))
     kept = (plan_home / RECEIPTS_FILE).is_file()  # looking must not make a book
     return LedgerAudit(
         statement=made,
@@ -100,7 +100,11 @@ def export_receipt(home: Path, device: str) -> Receipt:
     return ReceiptBook(home, federation=plan.federation).export(device, SigningKey.load(home / KEY_FILE))
 
 
-def _statement(events: Sequence[Event], plan: Plan) -> PrivacyStatement:
+def _evaluations(rows: Sequence[Row]) -> int:
+    return sum("evaluation" in row.fields["purpose"] for row in rows if row.kind == "spend")
+
+
+def _statement(events: Sequence[Event], plan: Plan, *, evaluations: int) -> PrivacyStatement:
     return statement(
         events,
         delta=plan.delta,
@@ -110,6 +114,7 @@ def _statement(events: Sequence[Event], plan: Plan) -> PrivacyStatement:
         rehearsal=plan.rehearsal,
         mechanism=plan.mechanism,
         trial_of=plan.trial_of,
+        evaluations=evaluations,
     )
 
 
@@ -132,15 +137,16 @@ def _check_adapters(home: Path, plan: Plan, events: Sequence[Event], rows: Seque
                 f"{rows[-1].seq} now and lacks that one: rows were cut off, or it is an old copy; restore the newest one"
             )
         paid = list(accumulate(map(rounds_of, events)))  # rounds that the first, second, ... charge pays for, in all
-        if stated.rounds and stated.rounds not in paid:
+        charged = stated.rounds + stated.evaluations
+        if charged and charged not in paid:
             raise LedgerError(
-                f"{folder} was published after {stated.rounds} charged rounds, the ledger holds {max(paid, default=0)} and "
+                f"{folder} was published after {charged} charged rounds, the ledger holds {max(paid, default=0)} and "
                 f"ends with row {rows[-1].seq}: rows after it were cut off; restore the newest copy"
             )
-        recomputed = _statement(events[: sum(own <= stated.rounds for own in paid)], plan)
+        recomputed = _statement(events[: sum(own <= charged for own in paid)], plan, evaluations=stated.evaluations)
         if (stated.unit, stated.delta) != (recomputed.unit, recomputed.delta) or understated(stated, recomputed):
             raise LedgerError(
-                f"{folder} states {stated.against}, its {stated.rounds} rounds cost {recomputed.against} at delta "
+                f"{folder} states {stated.against}, its {charged} rounds cost {recomputed.against} at delta "
                 f"{recomputed.delta}, {recomputed.unit} level: do not trust that adapter"
             )
     return len(folders)

@@ -1,4 +1,4 @@
-"""`stillroom demo`, `report`, `tune`, `audit` and `bench`: whole federations in one process, and what can be asked of them.
+"""`stillroom demo`, `report`, `tune`, `audit`, `coordinate` and `bench`: federations in one process, and what is asked of them.
 
 Only typer is imported here; what a command needs is imported when it runs (`stillroom_shared.cli`).
 """
@@ -25,6 +25,11 @@ def register(app: typer.Typer) -> None:
     group.command()(canaries)
     group.command()(receipt)
     app.add_typer(group)
+    coordinated = typer.Typer(name="coordinate", help="Run what a coordinator decides.", no_args_is_help=True)
+    coordinated.command()(evaluate)
+    # A second command keeps the name of the first: typer drops the name of a group's only command.
+    coordinated.callback()(lambda: None)
+    app.add_typer(coordinated)
     measured = typer.Typer(name="bench", help="Measure the figures of record.", no_args_is_help=True)
     measured.command("demo")(bench_demo)
     measured.command("privacy")(bench_privacy)
@@ -195,6 +200,39 @@ def canaries(
     typer.echo(json.dumps(done.to_json(), indent=2) if as_json else done.text())
     if done.broken:
         raise typer.Exit(1)
+
+
+def evaluate(
+    home: Annotated[Path, typer.Argument(help="A coordinator's home.")],
+    devices: Annotated[Path, typer.Option(help="Folder with the homes of simulated devices.")],
+    require: Annotated[
+        str, typer.Option(help="What the interval must show before the candidate is published: not-worse or better.")
+    ] = "not-worse",
+    margin: Annotated[float, typer.Option(help="Under not-worse: the loss of nDCG@10 that must be excluded.")] = 0.01,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Compare the candidate with what is published, privately, on held-back queries; then publish it or roll back."""
+    import json
+
+    from rich.console import Console
+
+    from stillroom_server.verdict import Policy
+    from stillroom_shared.progress import Progress
+    from stillroom_simulations.evaluation_table import evaluation_table
+    from stillroom_simulations.private_evaluation import evaluate_simulated
+
+    policy = Policy.checked(require, margin)
+    console = Console(stderr=True, highlight=False)
+    with Progress({"evaluate": 30.0}, console=console).stage("evaluate") as stage:
+        found, scores = evaluate_simulated(home, devices, policy, progress=stage)
+        stage.note(
+            f"{scores.said} of {scores.asked} simulated devices had held-back queries; a coordinator never sees that"
+        )
+    if as_json:
+        typer.echo(json.dumps(found.model_dump(mode="json"), indent=1))
+        return
+    for part in evaluation_table(found, home):
+        Console(highlight=False).print(part, soft_wrap=isinstance(part, str))
 
 
 def _only_our_own_progress() -> None:

@@ -13,6 +13,7 @@ interrupted (see `workspace`). The folder afterwards:
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -24,6 +25,7 @@ import torch
 from transformers import BertModel
 
 from stillroom_client.device import Device
+from stillroom_client.held_back import set_held_back_key
 from stillroom_client.participation import Consent
 from stillroom_server.coordinate import RoundReport
 from stillroom_server.distil import distil, public_lessons
@@ -181,6 +183,7 @@ class DemoRun(RunContext):
                     device.record(opened_results(own, self.private.qrels))
                     device.refresh_index()
                     CONSENT.save(device.home)
+                    set_held_back_key(device, hashlib.sha256(f"{self.settings.seed}/{own.name}".encode()).digest())
                 stage(done, len(self.population))
             with self._device(self.everything) as device:
                 device.add(self.private.passages, vectors)
@@ -206,6 +209,7 @@ class DemoRun(RunContext):
                 enrolled=[device.name for device in self.population],
                 dimension=self.release.adapter_spec.size,
                 seed=f"{self.settings.seed}",
+                evaluation=self.settings.evaluation,
             )
             run_federation(
                 home,
@@ -216,7 +220,7 @@ class DemoRun(RunContext):
                 block=self.settings.speed.block,
                 on_round=on_round,
             )
-            if name == "private":
+            if name == "private" and not plan.held_back:
                 with self.coordinator(name) as coordinator:
                     published = coordinator.published
                 for device in self.population:
@@ -239,9 +243,12 @@ class DemoRun(RunContext):
     def closing(self) -> str:
         """The last words on the terminal."""
         best = max(self.population, key=lambda device: len(device.passages)).name
+        private, devices = self.out / "federation" / "private", self.out / "devices"
+        waiting = f"\nnext     stillroom coordinate evaluate {private} --devices {devices}"
         return (
             f"\nreport   {self.out / 'report.html'}\nfigures  {self.out / 'results.json'}\n"
             f'try      stillroom search "open a zip file and list its members" --home {self.homes[best]}'
+            + (waiting if self.settings.evaluation.held_back else "")
         )
 
     def _device(self, home: Path) -> Device:

@@ -34,11 +34,12 @@ from stillroom_shared.mechanism import calibrate
 from stillroom_shared.protocol import TRAIN, RoundOrder, Schedule, read_order
 from stillroom_shared.randomness import Randomness
 from stillroom_shared.release import Release
-from stillroom_shared.settings import RoundsSettings
+from stillroom_shared.settings import EvaluationSettings, RoundsSettings
 from stillroom_shared.signing import SigningKey
 from stillroom_shared.toeplitz import best_coefficients
 from stillroom_simulations.engine import InProcessGrid, run_server_app
 
+_UNJUDGED = EvaluationSettings()
 RecordsByHome = Mapping[str, Sequence[Record]]
 _FIRST_NODE = 2
 """Flower keeps node ids 0 and 1 for itself."""
@@ -118,6 +119,7 @@ def mine_population(
     threads: int,
     one_per_query: bool = False,
     most: int = MAXIMUM_RECORDS,
+    held_back: float = 0.0,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, list[Record]]:
     """The training records of every device, each mined from its own store as `mine_records` says; the encoder is shared."""
@@ -126,14 +128,26 @@ def mine_population(
     for done, home in enumerate(homes, start=1):
         with Device.open(home) as device:
             records[str(home)] = mine_records(
-                device, encoder, candidates=candidates, one_per_query=one_per_query, most=most
+                device,
+                encoder,
+                candidates=candidates,
+                one_per_query=one_per_query,
+                most=most,
+                held_back_share=held_back,
             )
         progress(done, len(homes))
     return records
 
 
 def make_plan(
-    settings: RoundsSettings, *, name: str, release_folder: Path, enrolled: Sequence[str], dimension: int, seed: str
+    settings: RoundsSettings,
+    *,
+    name: str,
+    release_folder: Path,
+    enrolled: Sequence[str],
+    dimension: int,
+    seed: str,
+    evaluation: EvaluationSettings = _UNJUDGED,
 ) -> Plan:
     """The plan of a simulated federation: a rehearsal with seeded noise, calibrated where the settings give a target."""
     local = settings.mechanism == "local"
@@ -168,6 +182,10 @@ def make_plan(
         server_learning_rate=settings.server_learning_rate,
         momentum=settings.momentum,
         averaging=settings.averaging,
+        held_back=evaluation.held_back,
+        evaluation_bound=evaluation.bound,
+        evaluation_noise=evaluation.noise_multiplier,
+        evaluation_rate=evaluation.sampling_rate,
         rehearsal=True,
         seed=seed,
     )

@@ -155,6 +155,7 @@ class RunContext:
                 threads=self.settings.speed.threads,
                 one_per_query=one_per_query,
                 most=most,
+                held_back=self.settings.evaluation.held_back,
             )
         return known[how]
 
@@ -189,7 +190,9 @@ class RunContext:
 
     def federation_key(self, name: str, rounds: RoundsSettings) -> str:
         """The same for the rounds of one federation over the devices of this run."""
-        return key_of([*self._chain("devices"), (name, rounds.model_dump(mode="json"))])
+        judged = self.settings.evaluation
+        added = [("judged", judged.model_dump(mode="json"))] if judged.held_back else []  # keys are as they always were
+        return key_of([*self._chain("devices"), (name, rounds.model_dump(mode="json")), *added])
 
     def _chain(self, upto: str) -> list[tuple[str, object]]:
         """What each stage up to the named one adds to what its result depends on."""
