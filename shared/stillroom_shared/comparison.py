@@ -22,6 +22,7 @@ The second gives an upper bound on s that holds but for `_MISSED`: the larger ro
 X +- z' sqrt(bound / (q N) + v), normal at what is left of 5% (union bound). Noise is Gaussian to within 1e-15; sums over
 devices are so by the central limit theorem, which is why coverage is also tested by simulation. Accounting for the noise
 and the sampling together follows Karwa and Vadhan (arXiv 1711.03908) and Du et al. (arXiv 2001.02285).
+Where devices differ by much less than c, the bound on s is loose and the interval wider than need be: take a smaller c.
 
 | case | result |
 |---|---|
