@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from stillroom_client.device import Device
 
 _KEY_NAME = "held-back key"
-_DIGITS = 64
+_BYTES = 8  # of the digest that decide
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class HeldBack:
     def holds(self, query: str) -> bool:
         """Whether this query is kept from training."""
         digest = hmac.digest(self.key, essence(query).encode(), hashlib.sha256)
-        return int.from_bytes(digest[: _DIGITS // 8]) < self.share * 2**_DIGITS
+        return int.from_bytes(digest[:_BYTES]) < self.share * 256.0**_BYTES
 
 
 def held_back(device: Device, share: float) -> HeldBack:

@@ -47,7 +47,7 @@ class Policy(BaseModel):
             raise SettingsError(
                 f"--require {require} --margin {margin}: require `better` or `not-worse`, with a margin from 0 to 1"
             )
-        return cls(require=require, margin=margin)  # type: ignore[arg-type]
+        return cls(require=require, margin=margin)
 
     @property
     def threshold(self) -> float:

@@ -104,10 +104,12 @@ def run_rounds(home: Path, rounds: int | None = None) -> None:
         run_server_app(server_app(on_round), grid_for(home))
 
 
-def judge(home: Path, difference: float = 0.1, policy: Policy | None = None, **different: Answer) -> Evaluation:
+def judge(
+    home: Path, difference: float = 0.1, policy: Policy | None = None, *, different: dict[str, Answer] | None = None
+) -> Evaluation:
     """One evaluation in which all devices found the same difference."""
     found: list[Evaluation] = []
-    behaviours = dict.fromkeys(NAMES, scoring(difference)) | different
+    behaviours = dict.fromkeys(NAMES, scoring(difference)) | (different or {})
     run_server_app(evaluation_app(policy or Policy(), found.append), grid_for(home, behaviours))
     return found[0]
 
@@ -194,7 +196,7 @@ def test_before_anything_was_published_the_release_itself_is_the_baseline(make_h
         seen.append((bool(baseline.values.any()), bool(candidate.values.any())))
         return scoring(-0.2)(message, context)
 
-    assert judge(home, -0.2, d0=look).verdict == "roll back"
+    assert judge(home, -0.2, different={"d0": look}).verdict == "roll back"
     assert seen == [(False, True)]
     assert not state_of(home)[0].any()
 
@@ -209,7 +211,7 @@ def test_the_spend_of_an_evaluation_is_durable_before_any_device_is_asked(make_h
         seen.append(len(purposes(home)))
         return scoring(0.1)(message, context)
 
-    judge(home, d0=look)
+    judge(home, different={"d0": look})
     assert seen == [2]
 
 
@@ -230,10 +232,10 @@ def test_a_budget_that_would_be_passed_refuses_before_anybody_is_asked(make_home
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        judge(tight, d0=remember)
+        judge(tight, different={"d0": remember})
     assert asked == ["d0"]
     with pytest.raises(BudgetError, match="the budget is"):
-        judge(tight, d0=remember)
+        judge(tight, different={"d0": remember})
     assert asked == ["d0"], "the second attempt, charged again, would pass the budget"
     assert len(purposes(tight)) == 2
 
@@ -259,7 +261,7 @@ def test_killed_between_charge_and_result_nothing_has_changed_and_the_retry_is_c
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        judge(home, d3=killed)
+        judge(home, different={"d3": killed})
     np.testing.assert_array_equal(state_of(home)[0], before)
     assert not (home / ADAPTERS_FOLDER).exists()
     assert judge(home).attempt == 3
@@ -286,7 +288,7 @@ def test_killed_after_the_verdict_it_is_carried_out_at_the_next_start(
     where = "stillroom_server.coordinate" + (".Coordinator" if point in ("settle", "publish") else "")
     with monkeypatch.context() as patched:
         if point == "settle":  # only the one after the verdict
-            patched.setattr("stillroom_server.evaluation.evaluations_in", lambda rows: _armed(patched, die) or [])
+            patched.setattr("stillroom_server.evaluation.evaluations_in", lambda rows: _armed(patched, die))
         else:
             patched.setattr(f"{where}.{point}", die)
         with suppress(KeyboardInterrupt):
@@ -306,9 +308,10 @@ def test_killed_after_the_verdict_it_is_carried_out_at_the_next_start(
     assert audit_ledger(home).rows >= 4
 
 
-def _armed(patched: pytest.MonkeyPatch, die: Callable[..., None]) -> None:
-    """From here on, `settle` is where the process dies."""
+def _armed(patched: pytest.MonkeyPatch, die: Callable[..., None]) -> list[Evaluation]:
+    """No evaluation so far; and from here on, `settle` is where the process dies."""
     patched.setattr("stillroom_server.coordinate.Coordinator.settle", die)
+    return []
 
 
 def test_whatever_a_device_answers_counts_as_zero(make_home: Callable[..., Path]) -> None:
@@ -337,10 +340,10 @@ def test_whatever_a_device_answers_counts_as_zero(make_home: Callable[..., Path]
     names = [f"d{number}" for number in range(len(hostile))]
     expected = make_home("expected", rounds=1)
     run_rounds(expected)
-    honest = judge(expected, **dict.fromkeys(names, scoring(None)))
+    honest = judge(expected, different=dict.fromkeys(names, scoring(None)))
     home = make_home("hostile", rounds=1)
     run_rounds(home)
-    assert judge(home, **dict(zip(names, hostile.values(), strict=True))) == honest
+    assert judge(home, different=dict(zip(names, hostile.values(), strict=True))) == honest
     silent = make_home("silent", rounds=1)
     run_rounds(silent)
     found: list[Evaluation] = []
@@ -367,7 +370,7 @@ def test_plans_whose_promise_an_evaluation_would_break_are_refused(make_home: Ca
     """Where the server cannot sample a round, it cannot sample an evaluation either."""
     turns = {
         "mechanism": "correlated", "rounds": 4, "sampling_rate": 0.5, "noise_multiplier": 2.0,
-        "schedule": {"rounds": 4, "separation": 2, "participations": 2, "coefficients": (1024, 512)},
+        "schedule": {"rounds": 4, "separation": 2, "participations": 2}, "coefficients": (1024, 512),
     }  # fmt: skip
     with pytest.raises(ValueError, match="devices take turns"):
         make_home(**turns, evaluation_rate=0.5)
@@ -382,7 +385,7 @@ def test_turns_are_judged_between_rows_and_go_on(make_home: Callable[..., Path])
     """A roll-back that sets the row number back would release a row twice."""
     turns = {
         "mechanism": "correlated", "rounds": 4, "sampling_rate": 0.5, "noise_multiplier": 2.0,
-        "schedule": {"rounds": 4, "separation": 2, "participations": 2, "coefficients": (1024, 512)},
+        "schedule": {"rounds": 4, "separation": 2, "participations": 2}, "coefficients": (1024, 512),
     }  # fmt: skip
     home = make_home(**turns)
     run_rounds(home, 2)
@@ -440,7 +443,7 @@ def test_evaluations_are_sampled_and_divided_by_a_public_number(make_home: Calla
         asked.append(str(context.node_config["name"]))
         return scoring(0.1)(message, context)
 
-    found = judge(home, **dict.fromkeys(NAMES, remember))
+    found = judge(home, different=dict.fromkeys(NAMES, remember))
     assert 8 <= len(asked) == len(set(asked)) <= 32
     expected = 0.1 * len(asked) / (0.5 * DEVICES)
     assert abs(found.difference - expected) < 4 * found.noise

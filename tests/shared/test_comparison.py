@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -34,9 +35,10 @@ def test_zeroing_one_device_moves_the_sum_of_points_by_at_most_the_sensitivity_a
     own = comparison()
     for largest in (own.bound, -own.bound, 1.0, -1.0):
         others = [own.answer(value).astype(np.int64) for value in (0.03, -0.2, 0.11)]
-        moved = sum([*others, own.answer(largest).astype(np.int64)]) - sum([*others, own.answer(None)])
-        assert exact_norm_at_most(np.asarray(moved), own.mechanism.sensitivity)
-        assert np.linalg.norm(np.asarray(moved, np.float64)) > 0.999 * own.mechanism.sensitivity
+        present, zeroed = (np.stack([*others, own.answer(last).astype(np.int64)]) for last in (largest, None))
+        moved = present.sum(axis=0) - zeroed.sum(axis=0)
+        assert exact_norm_at_most(moved, own.mechanism.sensitivity)
+        assert np.linalg.norm(moved.astype(np.float64)) > 0.999 * own.mechanism.sensitivity
 
 
 def test_nothing_to_say_and_not_finite_are_zeros() -> None:
@@ -64,7 +66,7 @@ def test_the_interval_knows_the_noise_that_is_added_and_other_scales_are_rejecte
     assert not variance_is(1.1 * stated)
 
 
-POPULATIONS = {
+POPULATIONS: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
     "most have nothing to say": lambda g, n: np.where(g.random(n) < 0.8, 0.0, g.normal(0.05, 0.3, n)),
     "few lose much": lambda g, n: np.where(g.random(n) < 0.05, -0.5, 0.03),
     "alike": lambda g, n: g.normal(0.0, 0.02, n),
