@@ -82,7 +82,7 @@ class Plan(BaseModel):
     momentum: float = Field(ge=0, lt=1)
     averaging: float = Field(ge=0, le=1)
     held_back: float = Field(default=0.0, ge=0, lt=1)
-    evaluation_bound: float = Field(default=0.2, gt=0, le=1)
+    evaluation_bound: float = Field(default=0.1, gt=0, le=1)
     evaluation_noise: float = Field(default=4.0, gt=0)
     evaluation_rate: float = Field(default=1.0, gt=0, le=1)
     reply_timeout_seconds: float = Field(default=600.0, gt=0)

@@ -147,8 +147,8 @@ class EvaluationSettings(Group):
     held_back: float = Field(
         0.0, ge=0, lt=1, description="share of each device's queries to judge adapters by; 0: none, publish unjudged"
     )
-    bound: float = Field(0.2, gt=0, le=1, description="largest difference of one device's nDCG that counts")
-    noise_multiplier: float = Field(4.0, gt=0, description="noise standard deviation / sensitivity")
+    bound: float = Field(0.1, gt=0, le=1, description="largest difference of one device's nDCG that counts")
+    noise_multiplier: float = Field(2.0, gt=0, description="noise standard deviation / sensitivity")
     sampling_rate: float = Field(1.0, gt=0, le=1, description="chance of a device to be asked")
 
 
@@ -201,6 +201,7 @@ SCALES: Mapping[str, Mapping[str, object]] = {
         "rounds.rounds": 20,
         "rounds.noise_multiplier": 1.25,
         "rounds.server_learning_rate": 3.0,
+        "evaluation.noise_multiplier": 4.0,
         "nonprivate.rounds": 30,
         "nonprivate.server_optimizer": "adam",
         "nonprivate.server_learning_rate": 0.01,

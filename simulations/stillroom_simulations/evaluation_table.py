@@ -27,7 +27,7 @@ def evaluation_table(found: Evaluation, home: Path) -> list[Table | str]:
     against = f"the adapter of round {found.baseline}" if found.baseline else "the release without an adapter"
     cost = "no guarantee" if found.epsilon is None else f"epsilon {printed_epsilon(found.epsilon)}"
     rows = {
-        "candidate": f"after {found.round} rounds, against {against}",
+        "candidate": f"after {found.round} round{'s' * (found.round != 1)}, against {against}",
         "difference": f"{found.difference:+.4f} nDCG@10 (95% {found.low:+.4f} to {found.high:+.4f})",
         "mean of": (
             f"{found.devices:,} enrolled devices, each clipped to {found.bound:g}; one without held-back queries counts 0"

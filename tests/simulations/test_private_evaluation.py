@@ -180,7 +180,7 @@ def test_the_command_prints_what_was_found_and_what_followed(
     assert status == 0
     for words in (
         "Evaluation 1",
-        "after 1 rounds",
+        "after 1 round,",
         "nDCG@10 (95% +",
         "24 enrolled devices",
         "publish: the whole interval",
