@@ -189,7 +189,7 @@ def client_app(source: UpdateSource | None = None, scores: ScoreSource | None = 
         except Exception:  # as above: this device has nothing to say, and says that like every other
             _log.exception("evaluation %d: this device sends zeros", order.evaluation)
             answer = order.comparison.answer(None)
-        return Message(update_message(answer, receipt and receipt.model_dump_json()), reply_to=message)
+        return Message(update_message(answer, None if receipt is None else receipt.model_dump_json()), reply_to=message)
 
     return app
 

@@ -74,7 +74,9 @@ POPULATIONS: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
 
 
 @pytest.mark.parametrize("kind", POPULATIONS)
-@pytest.mark.parametrize(("devices", "rate", "noise"), [(150, 1.0, 4.0), (600, 0.3, 1.0), (200, 1.0, 0.5)])
+@pytest.mark.parametrize(
+    ("devices", "rate", "noise"), [(150, 1.0, 4.0), (600, 0.3, 1.0), (200, 1.0, 0.5), (200, 1.0, 40.0)]
+)
 def test_the_interval_covers_the_truth(kind: str, devices: int, rate: float, noise: float) -> None:
     """An interval that leaves out the noise, the cohort or the devices themselves decides with too much confidence."""
     own = comparison(devices=devices, sampling_rate=rate, noise_multiplier=noise)
