@@ -141,7 +141,7 @@ class Trainer:
         self._share(len(records))
         parameters = [self._wrapped[name].B for name in self.spec.names]
         with torch.no_grad():
-            parts = torch.from_numpy(values).split([parameter[0].numel() for parameter in parameters], dim=1)
+            parts = torch.split(torch.from_numpy(values), [parameter[0].numel() for parameter in parameters], dim=1)
             for parameter, part in zip(parameters, parts, strict=True):
                 parameter.copy_(part.reshape(parameter.shape))
         vectors = self._forward([record.tokens for record in records], torch.arange(len(records)))  # (rows, dim)

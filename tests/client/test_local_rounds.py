@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from tests.references.gaussian import exact_norm_at_most
 
 from stillroom_client.app import HOME_KEY, OwnUpdates, client_app
@@ -14,7 +16,7 @@ from stillroom_client.encoder import Encoder
 from stillroom_client.participation import LEDGER_FILE, Consent, take_part
 from stillroom_client.private_training import PrivateTrainer
 from stillroom_client.records import mine_records
-from stillroom_shared.accounting import LocalGaussian, SampledGaussian, epsilon
+from stillroom_shared.accounting import Event, LocalGaussian, SampledGaussian, epsilon
 from stillroom_shared.adapter import Adapter
 from stillroom_shared.corpus import Passage
 from stillroom_shared.errors import BudgetError, ProtocolError
@@ -49,7 +51,7 @@ def settle(home: Path, release: Release, opened: list[tuple[str, str]]) -> Path:
     return home
 
 
-def spent(home: Path) -> list[object]:
+def spent(home: Path) -> list[Event]:
     with Ledger.open(home / LEDGER_FILE) as ledger:
         ledger.verify()
         return list(ledger.events())
@@ -96,7 +98,7 @@ class TestParticipation:
     def test_a_user_level_participation_counts_double_beside_a_query_level_one(self, tmp_path: Path) -> None:
         """One query turns a device's update into another one, which moves a sum by twice the clip norm."""
         Consent(mechanisms=("local", "central")).save(tmp_path)
-        central = {"mechanism": "central", "schedule": None, "records": None, "record_rate": None}
+        central: dict[str, Any] = {"mechanism": "central", "schedule": None, "records": None, "record_rate": None}
         take_part(tmp_path, order(1, federation="g", **central))
         query = order().build_mechanism().participation_event()
         whole = SampledGaussian(noise_multiplier=1.0, sampling_rate=1.0, sigma=2**29, dimension=256)
@@ -111,8 +113,9 @@ class TestParticipation:
         """A constant that the device makes up may follow from its records."""
         Consent(mechanisms=("local",)).save(tmp_path)
         for missing in ("schedule", "records", "record_rate", "noise_multiplier"):
+            lacking: dict[str, Any] = {missing: None}
             with pytest.raises(ProtocolError, match=r"'local' (needs|lacks)"):
-                take_part(tmp_path, order(**{missing: None}))
+                take_part(tmp_path, order(**lacking))
 
 
 class TestAnswers:
@@ -191,12 +194,12 @@ def test_removing_a_query_moves_the_devices_sum_by_its_bounded_gradient_alone(
         ),
     )
 
-    def total(home: Path, opened: list[tuple[str, str]]) -> np.ndarray:
+    def total(home: Path, opened: list[tuple[str, str]]) -> NDArray[np.int64]:
         settle(home, tiny_release, opened)
         with Device.open(home) as device:
             records = mine_records(device, Encoder(device.release), candidates=4, one_per_query=True, most=8)
         bounded = [mechanism.bound(gradient) for gradient in trainer.gradients(tiny_adapter, records, 0.1)]
-        return np.sum(bounded, axis=0, dtype=np.int64)
+        return np.asarray(np.sum(bounded, axis=0), np.int64)
 
     everything, moved = total(tmp_path / "all", OPENED), []
     for absent, query in enumerate(OPENED):
