@@ -26,8 +26,9 @@ from pydantic import ValidationError
 from stillroom_client.home import RELEASE_NAME, Identity, adapter_in_use
 from stillroom_client.participation import KEY_FILE, LEDGER_FILE, Consent, open_ledger
 from stillroom_client.witness import seen_ledger, why_refused
-from stillroom_shared.accounting import Event, LocalGaussian, Unit, Unprotected, epsilon, event_from_json, in_one_unit
+from stillroom_shared.accounting import epsilon
 from stillroom_shared.errors import ReleaseError
+from stillroom_shared.events import Event, LocalGaussian, Unit, Unprotected, event_from_json, in_one_unit
 from stillroom_shared.ledger import Row
 from stillroom_shared.release import open_release
 from stillroom_shared.statement import COORDINATOR, OBSERVERS, READERS, PrivacyStatement

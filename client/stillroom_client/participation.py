@@ -27,7 +27,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from stillroom_client.home import Identity
 from stillroom_client.separation import Turn, require_turn
 from stillroom_client.witness import answered, binding, require_forward
-from stillroom_shared.accounting import event_from_json, event_to_json
 from stillroom_shared.errors import (
     BudgetError,
     LedgerError,
@@ -36,6 +35,7 @@ from stillroom_shared.errors import (
     SettingsError,
     StillroomError,
 )
+from stillroom_shared.events import event_from_json, event_to_json
 from stillroom_shared.files import exclusive, replace_file
 from stillroom_shared.ledger import Budget, Ledger, Row
 from stillroom_shared.mechanism import MechanismName

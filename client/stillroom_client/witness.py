@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from stillroom_shared.accounting import Event, event_from_json
 from stillroom_shared.errors import ProtocolError
+from stillroom_shared.events import Event, event_from_json
 from stillroom_shared.heads import LedgerHead, Position
 from stillroom_shared.ledger import Row
 from stillroom_shared.receipts import Attempt

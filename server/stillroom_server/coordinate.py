@@ -14,10 +14,7 @@ Guarantees:
 
 from __future__ import annotations
 
-import io
-import logging
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -27,29 +24,26 @@ import numpy as np
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
+from stillroom_server.checkpoint import STATE_FILE, load_checkpoint, save_checkpoint
 from stillroom_server.cohort import poisson_cohort
-from stillroom_server.optimizer import OptimizerState
+from stillroom_server.devices import enrolled_nodes, sum_updates, wait_for_nodes
 from stillroom_server.plan import Plan
 from stillroom_server.receipts import ReceiptBook
 from stillroom_server.stream import RowStream
 from stillroom_server.verdict import evaluations_in, last_rolled_back
 from stillroom_shared.adapter import Adapter
 from stillroom_shared.correlated import Correlated
-from stillroom_shared.errors import BudgetError, LedgerError, ProtocolError
+from stillroom_shared.errors import BudgetError, LedgerError
 from stillroom_shared.files import replace_file
 from stillroom_shared.heads import LedgerHead, head_of
 from stillroom_shared.ledger import Ledger
 from stillroom_shared.local_rounds import LocalRounds
 from stillroom_shared.mechanism import Mechanism, Released, Total
 from stillroom_shared.protocol import (
-    ENROL,
     TRAIN,
     EvaluationOrder,
     RoundOrder,
     order_message,
-    read_enrolment,
-    read_update,
-    shown_receipt,
 )
 from stillroom_shared.randomness import Randomness
 from stillroom_shared.receipts import Attempt
@@ -60,12 +54,9 @@ from stillroom_shared.statement import PrivacyStatement, statement
 LEDGER_FILE = "ledger.sqlite3"
 KEY_FILE = "coordinator.key"
 ADAPTERS_FOLDER = "adapters"
-_STATE_FILE = "state.npz"
 _ROWS_FILE = "rows.npz"
 _WHOLE_RUN = {"run": 1}
 """Purpose of the one charge of a run whose devices take turns."""
-_POLL_SECONDS = 1.0
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +80,7 @@ class Coordinator:
         about = {"federation": self.plan.federation, "plan": self.plan.content_hash}
         self.ledger = Ledger.create(home / LEDGER_FILE, key=self.key, about=about)
         self.receipts = ReceiptBook(home, federation=self.plan.federation)
-        self.state, self.unclipped = _load_state(home / _STATE_FILE, self.spec.size)
+        self.state, self.unclipped = load_checkpoint(home / STATE_FILE, self.spec.size)
         self._check_ledger_covers_state()
         self.settle()
 
@@ -183,7 +174,7 @@ class Coordinator:
             elif last.round == len(self.state.history) and self.state.restart < last.round:
                 _, baseline = self.baseline()
                 self.state = self.state.rolled_back(baseline.values.astype(np.float64))
-                _save_state(self.home / _STATE_FILE, self.state, self.unclipped)
+                save_checkpoint(self.home / STATE_FILE, self.state, self.unclipped)
         due, results = last_rolled_back(decided), len(list(adapters.glob("evaluation-*.json")))
         if (self.state.restart, results) != (due, len(decided)):
             self.ledger.close()
@@ -217,7 +208,7 @@ class Coordinator:
         self.state = self.plan.optimizer.step(self.state, released.update)
         if released.unclipped is not None:
             self.unclipped += (released.unclipped,)
-        _save_state(self.home / _STATE_FILE, self.state, self.unclipped)
+        save_checkpoint(self.home / STATE_FILE, self.state, self.unclipped)
         return float(np.linalg.norm(released.update))
 
     def _row(self, grid: Grid, nodes: Mapping[str, int], order: RoundOrder, mechanism: Correlated) -> Released:
@@ -294,7 +285,7 @@ class Coordinator:
         if missing := set(range(1, len(self.state.history) + 1)) - charged:
             self.ledger.close()
             raise LedgerError(
-                f"{self.ledger.path} has no charge for round {min(missing)}, which {self.home / _STATE_FILE} has released: "
+                f"{self.ledger.path} has no charge for round {min(missing)}, which {self.home / STATE_FILE} has released: "
                 "restore the newest copy of the ledger; without it the spend is unknown"
             )
 
@@ -330,87 +321,7 @@ class Coordinator:
         self.close()
 
 
-def wait_for_nodes(grid: Grid, plan: Plan) -> set[int]:
-    """The nodes that are online, once there are at least `plan.wait_for_nodes`: noise over nobody would waste budget.
-
-    Raises `ProtocolError` when they do not come within the reply timeout.
-    """
-    patience = time.monotonic() + plan.reply_timeout_seconds
-    while len(nodes := set(grid.get_node_ids())) < plan.wait_for_nodes:
-        if time.monotonic() > patience:
-            raise ProtocolError(
-                f"{len(nodes)} of {plan.wait_for_nodes} awaited nodes are online after {plan.reply_timeout_seconds:.0f} s: "
-                "start the devices, or lower wait_for_nodes in the plan"
-            )
-        time.sleep(_POLL_SECONDS)
-    return nodes
-
-
-def enrolled_nodes(grid: Grid, plan: Plan) -> dict[str, int]:
-    """Which node answers for which enrolled name; a name that two nodes claim goes to the lower node id."""
-    questions = [
-        Message(RecordDict(), dst_node_id=node, message_type=ENROL, group_id="enrol")
-        for node in sorted(grid.get_node_ids())
-    ]
-    found: dict[str, int] = {}
-    enrolled = set(plan.enrolled)
-    for reply in grid.send_and_receive(questions, timeout=plan.reply_timeout_seconds):
-        if reply.has_error():
-            continue
-        try:
-            name = read_enrolment(reply.content)
-        except Exception:
-            _log.exception("node %d does not enrol", reply.metadata.src_node_id)
-            continue
-        node = reply.metadata.src_node_id
-        if name in enrolled:
-            found[name] = min(node, found.get(name, node))
-    return found
-
-
-def sum_updates(replies: Iterable[Message], mechanism: Mechanism, admits: Callable[[int, bytes | None], bool]) -> Total:
-    """The exact sum of the admissible updates, (length,) int64; each node counts once, everything else is zero.
-
-    `admits` says whether the receipt of a node, or its absence, lets its update count: each node by its own alone, so the
-    sensitivity stays what it is.
-    """
-    total = np.zeros(mechanism.length, np.int64)
-    answered: set[int] = set()
-    for reply in replies:
-        node = reply.metadata.src_node_id
-        if reply.has_error() or node in answered:
-            continue
-        answered.add(node)
-        try:
-            shown = admits(node, shown_receipt(reply.content))
-            update = read_update(reply.content, mechanism.length)
-            admitted = shown and mechanism.admit(update)
-        except Exception:  # whatever a device's bytes lead to, the round goes on: it was charged, and others answered
-            _log.exception("node %d sent what cannot be read: it counts as zero", node)
-            continue
-        if admitted:
-            total += update
-    return total
-
-
 def _load_or_make_key(path: Path) -> SigningKey:
     if not path.exists():
         SigningKey.generate().save(path)
     return SigningKey.load(path)
-
-
-def _save_state(path: Path, state: OptimizerState, unclipped: Sequence[float]) -> None:
-    """Write the checkpoint: whole or absent, and outlasting a power cut, or a released round would be forgotten."""
-    content = io.BytesIO()
-    np.savez(content, **vars(state), unclipped=np.array(unclipped, np.float64))
-    replace_file(path, content.getvalue())
-
-
-def _load_state(path: Path, size: int) -> tuple[OptimizerState, tuple[float, ...]]:
-    """The optimizer's state, and the shares of unclipped updates that rounds released."""
-    if not path.exists():
-        return OptimizerState.start(np.zeros(size)), ()
-    with np.load(path, allow_pickle=False) as arrays:
-        values = {name: arrays[name] for name in ("iterate", "velocity", "square", "history")}
-        state = OptimizerState(**values, restart=int(arrays["restart"]) if "restart" in arrays else 0)
-        return state, tuple(arrays["unclipped"].tolist())

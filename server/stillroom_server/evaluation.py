@@ -27,7 +27,8 @@ from flwr.serverapp import Grid, ServerApp
 
 from stillroom_server.app import HOME_KEY
 from stillroom_server.cohort import poisson_cohort
-from stillroom_server.coordinate import Coordinator, enrolled_nodes, wait_for_nodes
+from stillroom_server.coordinate import Coordinator
+from stillroom_server.devices import enrolled_nodes, wait_for_nodes
 from stillroom_server.verdict import NOTE, Evaluation, Policy, evaluations_in
 from stillroom_shared.errors import SettingsError
 from stillroom_shared.protocol import EVALUATE, EvaluationOrder, evaluation_message

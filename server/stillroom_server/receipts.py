@@ -31,8 +31,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
 
-from stillroom_shared.accounting import Event, event_from_json, event_to_json
 from stillroom_shared.errors import LedgerError, ProtocolError
+from stillroom_shared.events import Event, event_from_json, event_to_json
 from stillroom_shared.receipts import Attempt, Charges, Receipt, issue, lost, read_receipt
 from stillroom_shared.signing import SigningKey
 
@@ -56,7 +56,7 @@ Admits = Callable[[str, bytes | None], bool]
 class ReceiptBook:
     """The receipts of one federation.
 
-    >>> import tempfile; from stillroom_shared.accounting import SampledGaussian
+    >>> import tempfile; from stillroom_shared.events import SampledGaussian
     >>> step = SampledGaussian(noise_multiplier=2.0, sampling_rate=1.0, sigma=2**29, dimension=4)
     >>> device, folder = SigningKey.generate(), tempfile.TemporaryDirectory()
     >>> book = ReceiptBook(Path(folder.name), federation="toy")

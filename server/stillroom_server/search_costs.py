@@ -14,8 +14,9 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from stillroom_shared.accounting import AccountantName, Event, epsilon, least_multiplier, selection_of
+from stillroom_shared.accounting import AccountantName, epsilon, least_multiplier
 from stillroom_shared.errors import BudgetError, SettingsError
+from stillroom_shared.events import Event, selection_of
 from stillroom_shared.mechanism import Central
 from stillroom_shared.repetitions import NegativeBinomial, Poisson, Repetitions
 from stillroom_shared.statement import READERS, printed_epsilon
@@ -47,7 +48,7 @@ class SearchCost:
 def search_cost(candidates: CandidateEvents, repetitions: Repetitions, delta: float) -> SearchCost:
     """What trying these candidates costs, by each way of counting.
 
-    >>> from stillroom_shared.accounting import SampledGaussian
+    >>> from stillroom_shared.events import SampledGaussian
     >>> step = SampledGaussian(noise_multiplier=4.0, sampling_rate=0.2, sigma=2**30, dimension=9_216)
     >>> found = search_cost([[step] * 15], repetitions_of("negative-binomial", 10.0, shape=0.0), 1e-5)
     >>> [round(value, 2) for value in (found.one_trial, found.search, found.every_trial)]

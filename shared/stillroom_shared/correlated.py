@@ -39,8 +39,9 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from stillroom_shared.accounting import CorrelatedGaussian, smallest_noise_multiplier
+from stillroom_shared.accounting import smallest_noise_multiplier
 from stillroom_shared.errors import BudgetError, ProtocolError
+from stillroom_shared.events import CorrelatedGaussian
 from stillroom_shared.mechanism import RESOLUTION, Central, Total, Update, clip_to_grid
 from stillroom_shared.noise import discrete_gaussian
 from stillroom_shared.randomness import Randomness

@@ -35,8 +35,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
-from stillroom_shared.accounting import Event, epsilon, event_from_json, event_to_json, in_one_unit
+from stillroom_shared.accounting import epsilon
 from stillroom_shared.errors import BudgetError, LedgerError, LedgerLostError
+from stillroom_shared.events import Event, event_from_json, event_to_json, in_one_unit
 from stillroom_shared.files import exclusive, sync
 from stillroom_shared.signing import SigningKey, verify
 
@@ -104,7 +105,7 @@ class Row:
 class Ledger:
     """An open ledger; use as a context manager.
 
-    >>> import tempfile; from stillroom_shared.accounting import SampledGaussian
+    >>> import tempfile; from stillroom_shared.events import SampledGaussian
     >>> step = SampledGaussian(noise_multiplier=4.0, sampling_rate=0.5, sigma=2**30, dimension=10)
     >>> with tempfile.TemporaryDirectory() as home:
     ...     with Ledger.create(Path(home) / "ledger.sqlite3", key=SigningKey.generate(), about={"federation": "toy"}) as ledger:

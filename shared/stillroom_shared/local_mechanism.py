@@ -37,8 +37,9 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from stillroom_shared.accounting import LocalGaussian, smallest_noise_multiplier
+from stillroom_shared.accounting import smallest_noise_multiplier
 from stillroom_shared.errors import BudgetError
+from stillroom_shared.events import LocalGaussian
 from stillroom_shared.mechanism import RESOLUTION, Total, Update, clip_to_grid, require_clip_and_noise
 from stillroom_shared.noise import discrete_gaussian
 from stillroom_shared.randomness import Randomness

@@ -26,8 +26,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from stillroom_shared.accounting import LocalGaussian
 from stillroom_shared.errors import BudgetError
+from stillroom_shared.events import LocalGaussian
 from stillroom_shared.local_mechanism import Local
 from stillroom_shared.mechanism import NoPrivacy, Released, Total, Update
 from stillroom_shared.randomness import Randomness

@@ -30,8 +30,9 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from stillroom_shared.accounting import Event, SampledGaussian, Unprotected, smallest_noise_multiplier
+from stillroom_shared.accounting import smallest_noise_multiplier
 from stillroom_shared.errors import BudgetError, ProtocolError
+from stillroom_shared.events import Event, SampledGaussian, Unprotected
 from stillroom_shared.noise import discrete_gaussian
 from stillroom_shared.randomness import Randomness
 

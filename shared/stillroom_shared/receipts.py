@@ -31,8 +31,8 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
-from stillroom_shared.accounting import Event, event_from_json, event_to_json
 from stillroom_shared.errors import BudgetError, ProtocolError, ReleaseError
+from stillroom_shared.events import Event, event_from_json, event_to_json
 from stillroom_shared.signing import SigningKey, verify
 
 Signer = Literal["device", "coordinator"]
@@ -64,7 +64,7 @@ class Charge(BaseModel):
 class Receipt(BaseModel):
     """What one device answered in one federation, vouched for by `by`. Make one with `issue`, read one with `read_receipt`.
 
-    >>> from stillroom_shared.accounting import SampledGaussian
+    >>> from stillroom_shared.events import SampledGaussian
     >>> key, event = SigningKey.generate(), SampledGaussian(noise_multiplier=2.0, sampling_rate=1.0, sigma=9, dimension=4)
     >>> shown = issue("device", {Attempt(1, 1): event}, federation="f", device="d", key=key)
     >>> kept = issue("device", {Attempt(1, 1): event, Attempt(3, 1): event}, federation="f", device="d", key=key)

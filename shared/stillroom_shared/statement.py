@@ -20,16 +20,14 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from stillroom_shared.accounting import (
-    AccountantName,
+from stillroom_shared.accounting import AccountantName, accountant_for, epsilon
+from stillroom_shared.events import (
     CorrelatedGaussian,
     Event,
     Gaussian,
     LocalGaussian,
     Selection,
     Unprotected,
-    accountant_for,
-    epsilon,
     in_one_unit,
 )
 from stillroom_shared.mechanism import MechanismName
@@ -195,7 +193,7 @@ def statement(
     With `trial_of` it promises nothing: what the events cost depends on the search that they are a trial of.
     `evaluations` is how many of the events are evaluations; all others are rounds.
 
-    >>> from stillroom_shared.accounting import SampledGaussian
+    >>> from stillroom_shared.events import SampledGaussian
     >>> step = SampledGaussian(noise_multiplier=2.0, sampling_rate=0.5, sigma=2**29, dimension=9_216)
     >>> made = statement([step] * 20, delta=1e-4, devices=1_000, sampling_rate=0.5, clip_norm=0.3, rehearsal=False)
     >>> sorted((adversary, value and round(value, 2)) for adversary, value in made.against.items())

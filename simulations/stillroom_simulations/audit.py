@@ -19,8 +19,8 @@ from pydantic import ValidationError
 from stillroom_server.coordinate import ADAPTERS_FOLDER, KEY_FILE, LEDGER_FILE
 from stillroom_server.plan import PLAN_FILE, Plan
 from stillroom_server.receipts import RECEIPTS_FILE, ReceiptBook
-from stillroom_shared.accounting import Event
 from stillroom_shared.errors import LedgerError, SettingsError
+from stillroom_shared.events import Event
 from stillroom_shared.ledger import Ledger, Row
 from stillroom_shared.receipts import Receipt
 from stillroom_shared.release import AdapterManifest

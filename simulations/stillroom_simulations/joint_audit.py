@@ -25,17 +25,11 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from stillroom_server.plan import Plan
-from stillroom_server.search import (
-    LEDGER_FILE,
-    PLAN_FILE,
-    SELECTED_FOLDER,
-    TRIALS_FOLDER,
-    SearchPlan,
-    best_of,
-    notes,
-)
-from stillroom_shared.accounting import Event, Selection, Unit, Unprotected, accountant_for, epsilon, in_one_unit
+from stillroom_server.search import LEDGER_FILE, SELECTED_FOLDER, TRIALS_FOLDER, best_of, notes
+from stillroom_server.search_plan import PLAN_FILE, SearchPlan
+from stillroom_shared.accounting import accountant_for, epsilon
 from stillroom_shared.errors import LedgerError, SettingsError, StillroomError
+from stillroom_shared.events import Event, Selection, Unit, Unprotected, in_one_unit
 from stillroom_shared.ledger import Ledger, Row
 from stillroom_shared.release import ADAPTER_NAME, AdapterManifest
 from stillroom_shared.sealed import open_sealed
@@ -67,7 +61,7 @@ class Spent:
 class JointAudit:
     """Several ledgers, and what they cost together at one delta; None is "no guarantee".
 
-    Where one of them protects queries only, so does the sum (`stillroom_shared.accounting.in_one_unit`).
+    Where one of them protects queries only, so does the sum (`stillroom_shared.events.in_one_unit`).
     """
 
     ledgers: tuple[Spent, ...]

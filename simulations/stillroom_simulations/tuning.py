@@ -26,11 +26,12 @@ import numpy as np
 from stillroom_client.training import Record, Trainer, native_bfloat16
 from stillroom_server.coordinate import Coordinator
 from stillroom_server.plan import Plan
-from stillroom_server.search import KEY_FILE, TRIALS_FOLDER, Candidate, Outcome, Search, SearchPlan
+from stillroom_server.search import KEY_FILE, TRIALS_FOLDER, Search
 from stillroom_server.search_costs import SearchCost, calibrate_search, search_cost
-from stillroom_shared.accounting import Event
+from stillroom_server.search_plan import Candidate, Outcome, SearchPlan
 from stillroom_shared.adapter import Adapter
 from stillroom_shared.errors import SettingsError
+from stillroom_shared.events import Event
 from stillroom_shared.mechanism import Central
 from stillroom_shared.randomness import Randomness
 from stillroom_shared.release import Release, open_release

@@ -26,10 +26,11 @@ from stillroom_client.participation import (
     take_part,
 )
 from stillroom_client.witness import answered
-from stillroom_shared.accounting import Event, SampledGaussian, epsilon
+from stillroom_shared.accounting import epsilon
 from stillroom_shared.adapter import Adapter
 from stillroom_shared.cli import build_app
 from stillroom_shared.errors import BudgetError, LedgerError, LedgerLostError, ProtocolError
+from stillroom_shared.events import Event, SampledGaussian
 from stillroom_shared.ledger import Ledger
 from stillroom_shared.protocol import RoundOrder
 from stillroom_shared.receipts import Attempt, issue, lost, read_receipt

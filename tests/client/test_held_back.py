@@ -16,10 +16,10 @@ from stillroom_client.held_back import HeldBack, held_back, set_held_back_key
 from stillroom_client.participation import LEDGER_FILE, Consent, device_receipt, take_part
 from stillroom_client.records import mine_records
 from stillroom_client.scoring import held_back_difference, held_back_queries, ndcg
-from stillroom_shared.accounting import SampledGaussian
 from stillroom_shared.adapter import Adapter
 from stillroom_shared.corpus import Passage
 from stillroom_shared.errors import BudgetError, ProtocolError
+from stillroom_shared.events import SampledGaussian
 from stillroom_shared.ledger import Ledger
 from stillroom_shared.protocol import EvaluationOrder, RoundOrder, evaluation_message, read_evaluation, read_update
 from stillroom_shared.receipts import Attempt

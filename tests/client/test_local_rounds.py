@@ -16,10 +16,11 @@ from stillroom_client.encoder import Encoder
 from stillroom_client.participation import LEDGER_FILE, Consent, take_part
 from stillroom_client.private_training import PrivateTrainer
 from stillroom_client.records import mine_records
-from stillroom_shared.accounting import Event, LocalGaussian, SampledGaussian, epsilon
+from stillroom_shared.accounting import epsilon
 from stillroom_shared.adapter import Adapter
 from stillroom_shared.corpus import Passage
 from stillroom_shared.errors import BudgetError, ProtocolError
+from stillroom_shared.events import Event, LocalGaussian, SampledGaussian
 from stillroom_shared.ledger import Ledger
 from stillroom_shared.local_mechanism import Local
 from stillroom_shared.local_rounds import LocalRounds

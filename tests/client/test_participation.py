@@ -12,9 +12,9 @@ from flwr.app import Context, Message, RecordDict
 from stillroom_client.app import HOME_KEY, client_app
 from stillroom_client.device import Device
 from stillroom_client.participation import LEDGER_FILE, Consent, take_part
-from stillroom_shared.accounting import SampledGaussian
 from stillroom_shared.adapter import Adapter
 from stillroom_shared.errors import BudgetError, LedgerError, ProtocolError
+from stillroom_shared.events import SampledGaussian
 from stillroom_shared.ledger import Ledger
 from stillroom_shared.protocol import RoundOrder, order_message, read_update
 from stillroom_shared.release import Release

@@ -12,10 +12,12 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordD
 from flwr.clientapp import ClientApp
 
 from stillroom_server.app import HOME_KEY, server_app
-from stillroom_server.coordinate import KEY_FILE, LEDGER_FILE, Coordinator, RoundReport, _save_state
+from stillroom_server.checkpoint import save_checkpoint
+from stillroom_server.coordinate import KEY_FILE, LEDGER_FILE, Coordinator, RoundReport
 from stillroom_server.plan import Plan
-from stillroom_shared.accounting import CorrelatedGaussian, LocalGaussian, SampledGaussian, epsilon
+from stillroom_shared.accounting import epsilon
 from stillroom_shared.errors import LedgerError, ProtocolError, SettingsError
+from stillroom_shared.events import CorrelatedGaussian, LocalGaussian, SampledGaussian
 from stillroom_shared.ledger import Ledger
 from stillroom_shared.mechanism import RESOLUTION
 from stillroom_shared.protocol import Schedule, enrolment_message, read_order, update_message
@@ -191,7 +193,9 @@ def test_a_crash_between_spend_and_release_leaves_the_spend_and_the_retry_is_cha
     """Nobody can know whether a crashed round was seen, so it must not be free to try again."""
     home = make_home(rounds=1)
     with monkeypatch.context() as patched:
-        patched.setattr("stillroom_server.coordinate._save_state", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr(
+            "stillroom_server.coordinate.save_checkpoint", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
         with pytest.raises(KeyboardInterrupt):
             run(home, everybody())
     with Coordinator(home) as coordinator:
@@ -315,10 +319,10 @@ def test_a_row_that_was_formed_before_a_crash_is_the_one_that_is_applied(
         saved += 1
         if saved == 3:
             raise KeyboardInterrupt  # the third row is on disk, the checkpoint knows two
-        _save_state(*arguments)  # type: ignore[arg-type]
+        save_checkpoint(*arguments)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patched:
-        patched.setattr("stillroom_server.coordinate._save_state", save_twice)
+        patched.setattr("stillroom_server.coordinate.save_checkpoint", save_twice)
         with pytest.raises(KeyboardInterrupt):
             run(home, everybody())
     liars = {f"d{i}": honest(1e3) for i in range(DEVICES)}

@@ -16,8 +16,9 @@ from stillroom_server.coordinate import ADAPTERS_FOLDER, KEY_FILE, LEDGER_FILE, 
 from stillroom_server.evaluation import evaluation_app
 from stillroom_server.plan import Plan
 from stillroom_server.verdict import Evaluation, Policy
-from stillroom_shared.accounting import SampledGaussian, epsilon
+from stillroom_shared.accounting import epsilon
 from stillroom_shared.errors import BudgetError, LedgerError, SettingsError
+from stillroom_shared.events import SampledGaussian
 from stillroom_shared.ledger import Ledger
 from stillroom_shared.mechanism import RESOLUTION
 from stillroom_shared.protocol import enrolment_message, read_evaluation, read_order, update_message
@@ -271,7 +272,7 @@ def test_killed_between_charge_and_result_nothing_has_changed_and_the_retry_is_c
 
 
 @pytest.mark.parametrize("difference", [0.1, -0.1])
-@pytest.mark.parametrize("point", ["settle", "replace_file", "publish", "_save_state"])
+@pytest.mark.parametrize("point", ["settle", "replace_file", "publish", "save_checkpoint"])
 def test_killed_after_the_verdict_it_is_carried_out_at_the_next_start(
     make_home: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, difference: float, point: str
 ) -> None:
@@ -293,7 +294,7 @@ def test_killed_after_the_verdict_it_is_carried_out_at_the_next_start(
             patched.setattr(f"{where}.{point}", die)
         with suppress(KeyboardInterrupt):
             judge(home, difference)
-    assert killed or (point, difference) in (("publish", -0.1), ("_save_state", 0.1))
+    assert killed or (point, difference) in (("publish", -0.1), ("save_checkpoint", 0.1))
     rows = purposes(home)
     after, rounds, restart = state_of(home)
     published = (home / ADAPTERS_FOLDER / "round-0002").exists()

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from stillroom_server.receipts import RECEIPTS_FILE, ReceiptBook
-from stillroom_shared.accounting import Event, SampledGaussian
 from stillroom_shared.errors import LedgerError, ProtocolError
+from stillroom_shared.events import Event, SampledGaussian
 from stillroom_shared.receipts import Attempt, issue
 from stillroom_shared.signing import SigningKey
 

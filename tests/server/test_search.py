@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 from tests.conftest import TINY_SPEC
 
-from stillroom_server.search import LEDGER_FILE, Candidate, Outcome, Search, SearchPlan, notes
+from stillroom_server.search import LEDGER_FILE, Search, notes
 from stillroom_server.search_costs import calibrate_search, repetitions_of, search_cost
-from stillroom_shared.accounting import Event, SampledGaussian, Selection, epsilon, selection_of
+from stillroom_server.search_plan import Candidate, Outcome, SearchPlan
+from stillroom_shared.accounting import epsilon
 from stillroom_shared.adapter import Adapter
 from stillroom_shared.errors import BudgetError, LedgerError, SettingsError
+from stillroom_shared.events import Event, SampledGaussian, Selection, selection_of
 from stillroom_shared.ledger import Ledger
 from stillroom_shared.mechanism import RESOLUTION, Central
 from stillroom_shared.randomness import Randomness

@@ -7,14 +7,9 @@ import math
 import pytest
 from tests.references.gaussian import gaussian_delta
 
-from stillroom_shared.accounting import (
-    SampledGaussian,
-    Unprotected,
-    epsilon,
-    event_from_json,
-    event_to_json,
-)
+from stillroom_shared.accounting import epsilon
 from stillroom_shared.errors import BudgetError
+from stillroom_shared.events import SampledGaussian, Unprotected, event_from_json, event_to_json
 
 
 def step(noise_multiplier: float, sampling_rate: float) -> SampledGaussian:

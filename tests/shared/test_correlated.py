@@ -19,9 +19,10 @@ from tests.references.factorization import (
     widest_pattern_sensitivity,
 )
 
-from stillroom_shared.accounting import CorrelatedGaussian, SampledGaussian, epsilon, event_from_json, event_to_json
+from stillroom_shared.accounting import epsilon
 from stillroom_shared.correlated import Correlated, RunState, calibrate_correlated
 from stillroom_shared.errors import BudgetError, ProtocolError
+from stillroom_shared.events import CorrelatedGaussian, SampledGaussian, event_from_json, event_to_json
 from stillroom_shared.mechanism import RESOLUTION, Central
 from stillroom_shared.randomness import Randomness
 from stillroom_shared.toeplitz import ONE, Criterion, best_coefficients, prefix_error, reconstruct

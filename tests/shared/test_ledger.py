@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from stillroom_shared.accounting import SampledGaussian, epsilon
+from stillroom_shared.accounting import epsilon
 from stillroom_shared.errors import BudgetError, LedgerError
+from stillroom_shared.events import SampledGaussian
 from stillroom_shared.ledger import Budget, Ledger
 from stillroom_shared.signing import SigningKey
 
@@ -34,7 +35,7 @@ def test_a_crash_right_after_the_spend_leaves_it_recorded(tmp_path: Path) -> Non
     script = f"""
 import os, signal
 from pathlib import Path
-from stillroom_shared.accounting import SampledGaussian
+from stillroom_shared.events import SampledGaussian
 from stillroom_shared.ledger import Ledger
 from stillroom_shared.signing import SigningKey
 key = SigningKey.generate(); key.save(Path({str(tmp_path / "key")!r}))

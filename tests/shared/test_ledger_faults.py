@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from stillroom_shared.accounting import SampledGaussian
 from stillroom_shared.errors import BudgetError, LedgerError, LedgerLostError
+from stillroom_shared.events import SampledGaussian
 from stillroom_shared.ledger import Budget, Ledger
 from stillroom_shared.signing import SigningKey
 
@@ -88,7 +88,8 @@ def test_concurrent_processes_never_pass_the_budget_nor_fork_the_chain(folder: P
     script = f"""
 import os
 from pathlib import Path
-from stillroom_shared.accounting import SampledGaussian, epsilon
+from stillroom_shared.accounting import epsilon
+from stillroom_shared.events import SampledGaussian
 from stillroom_shared.errors import BudgetError
 from stillroom_shared.ledger import Budget, Ledger
 from stillroom_shared.signing import SigningKey

@@ -13,8 +13,9 @@ from hypothesis.extra import numpy as arrays
 from scipy import stats
 from tests.references.gaussian import exact_norm_at_most
 
-from stillroom_shared.accounting import SampledGaussian, epsilon
+from stillroom_shared.accounting import epsilon
 from stillroom_shared.errors import BudgetError, ProtocolError
+from stillroom_shared.events import SampledGaussian
 from stillroom_shared.local_mechanism import Local, calibrate_local, descend, noise_alone
 from stillroom_shared.mechanism import RESOLUTION
 from stillroom_shared.randomness import Randomness

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from tests.references.gaussian import exact_norm_at_most
 
-from stillroom_shared.accounting import SampledGaussian, Unprotected, epsilon
+from stillroom_shared.accounting import epsilon
 from stillroom_shared.errors import BudgetError, ProtocolError
+from stillroom_shared.events import SampledGaussian, Unprotected
 from stillroom_shared.mechanism import RESOLUTION, Central, NoPrivacy, calibrate
 from stillroom_shared.randomness import Randomness
 

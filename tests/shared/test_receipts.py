@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stillroom_shared.accounting import Event, SampledGaussian, Unprotected
 from stillroom_shared.errors import ProtocolError
+from stillroom_shared.events import Event, SampledGaussian, Unprotected
 from stillroom_shared.receipts import Attempt, Receipt, Signer, issue, lost, read_receipt
 from stillroom_shared.signing import SigningKey
 

@@ -11,20 +11,19 @@ from dp_accounting.rdp.rdp_privacy_accountant import RdpAccountant
 from numpy.typing import NDArray
 from tests.references.selection import best_of, exact_delta, negative_binomial_pmf, poisson_pmf, theorem_2
 
-from stillroom_shared.accounting import (
+from stillroom_shared.accounting import accountant_for, epsilon
+from stillroom_shared.errors import BudgetError
+from stillroom_shared.events import (
     Event,
     LocalGaussian,
     SampledGaussian,
     Selection,
     Unprotected,
-    accountant_for,
-    epsilon,
     event_from_json,
     event_to_json,
     in_one_unit,
     selection_of,
 )
-from stillroom_shared.errors import BudgetError
 from stillroom_shared.randomness import Randomness
 from stillroom_shared.repetitions import NegativeBinomial, Poisson, Repetitions
 from stillroom_shared.statement import COORDINATOR, OBSERVERS, READERS, statement

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from stillroom_shared.accounting import SampledGaussian, Unprotected
+from stillroom_shared.events import SampledGaussian, Unprotected
 from stillroom_shared.statement import COORDINATOR, OBSERVERS, READERS, PrivacyStatement, statement
 
 

@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 from stillroom_server.coordinate import ADAPTERS_FOLDER, KEY_FILE, LEDGER_FILE, Coordinator
 from stillroom_server.plan import Plan
 from stillroom_server.receipts import ReceiptBook
-from stillroom_shared.accounting import SampledGaussian
 from stillroom_shared.cli import build_app
+from stillroom_shared.events import SampledGaussian
 from stillroom_shared.ledger import Ledger
 from stillroom_shared.receipts import Attempt, issue, read_receipt
 from stillroom_shared.release import Release, seal_adapter

@@ -16,7 +16,8 @@ from stillroom_client.encoder import Encoder
 from stillroom_client.held_back import set_held_back_key
 from stillroom_client.participation import LEDGER_FILE
 from stillroom_client.training import Trainer
-from stillroom_server.coordinate import ADAPTERS_FOLDER, KEY_FILE, Coordinator, _save_state
+from stillroom_server.checkpoint import save_checkpoint
+from stillroom_server.coordinate import ADAPTERS_FOLDER, KEY_FILE, Coordinator
 from stillroom_server.verdict import Evaluation, Policy
 from stillroom_shared.adapter import Adapter
 from stillroom_shared.cli import build_app
@@ -72,7 +73,7 @@ def with_candidate(tmp_path: Path, tiny_release: Release, signing_key: SigningKe
             )
             state = plan.optimizer.step(coordinator.state, np.zeros(candidate.spec.size))
             values = candidate.values.astype(np.float64)
-            _save_state(home / "state.npz", type(state)(values, state.velocity, state.square, values[None]), ())
+            save_checkpoint(home / "state.npz", type(state)(values, state.velocity, state.square, values[None]), ())
         return home
 
     return make

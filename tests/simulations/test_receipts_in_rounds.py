@@ -27,10 +27,11 @@ from stillroom_server.app import HOME_KEY, server_app
 from stillroom_server.coordinate import KEY_FILE, Coordinator, RoundReport
 from stillroom_server.plan import Plan
 from stillroom_server.receipts import ReceiptBook
-from stillroom_shared.accounting import SampledGaussian, epsilon
+from stillroom_shared.accounting import epsilon
 from stillroom_shared.adapter import Adapter
 from stillroom_shared.cli import build_app
 from stillroom_shared.errors import ProtocolError
+from stillroom_shared.events import SampledGaussian
 from stillroom_shared.heads import head_of
 from stillroom_shared.ledger import Ledger
 from stillroom_shared.mechanism import RESOLUTION

@@ -17,11 +17,13 @@ from stillroom_client.device import Device
 from stillroom_client.participation import LEDGER_FILE as DEVICE_LEDGER
 from stillroom_client.training import Record
 from stillroom_server.coordinate import LEDGER_FILE, Coordinator
-from stillroom_server.search import KEY_FILE, SELECTED_FOLDER, TRIALS_FOLDER, SearchPlan
-from stillroom_shared.accounting import Event, SampledGaussian, Selection, Unprotected, epsilon
+from stillroom_server.search import KEY_FILE, SELECTED_FOLDER, TRIALS_FOLDER
+from stillroom_server.search_plan import SearchPlan
+from stillroom_shared.accounting import epsilon
 from stillroom_shared.cli import build_app
 from stillroom_shared.corpus import Passage
 from stillroom_shared.errors import BudgetError, SettingsError, StillroomError
+from stillroom_shared.events import Event, SampledGaussian, Selection, Unprotected
 from stillroom_shared.ledger import Ledger
 from stillroom_shared.mechanism import RESOLUTION, Central
 from stillroom_shared.release import Release, open_adapter, open_release, seal_adapter
