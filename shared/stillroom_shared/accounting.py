@@ -26,7 +26,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -40,6 +41,9 @@ AccountantName = Literal["PLD", "RDP"]
 
 # Orders near 1 do not converge for Poisson sampling at small noise; a dense grid up to 12 decides everything else.
 _RDP_ORDERS = [2 + step / 20 for step in range(200)] + list(range(12, 65)) + [128, 256, 512, 1024]
+
+_SHARE_OF_TAILS = 0.01
+"""Of delta: for searches that make more trials than are counted, where every trial is seen."""
 
 
 def epsilon(events: Iterable[Event], delta: float, accountant: AccountantName = "PLD") -> float:
@@ -58,34 +62,78 @@ def epsilon(events: Iterable[Event], delta: float, accountant: AccountantName = 
     counts = Counter(events)
     if not counts:
         return 0.0
-    if any(isinstance(event, Unprotected) for event in counts):
+    noisy = {event: count for event, count in counts.items() if not isinstance(event, Unprotected)}
+    if len(noisy) < len(counts):
         return math.inf
-    searches = sorted(((e, n) for e, n in counts.items() if isinstance(e, Selection)), key=repr)
-    plain = {event: count for event, count in counts.items() if isinstance(event, Gaussian)}
-    seen, tail = [], delta / 100 / max(1, sum(count for search, count in searches if search.seen))
-    for search, count in searches:
-        if search.seen:
-            seen.append((search.trials, count * search.repetitions.most(tail)))
-    apart = any(search.seen for search, _ in searches) * delta / 100
-    for trials, times in seen:
-        if len(trials) == 1:  # plain composition: any accountant adds it up
-            for event, count in trials[0]:
-                plain[event] = plain.get(event, 0) + times * count
-    several = [(trials, times) for trials, times in seen if len(trials) > 1]
-    hidden = [(search, count) for search, count in searches if not search.seen]
-    inner = [(e, n * times) for trials, times in several for trial in trials for e, n in trial]
-    inner += [(e, n) for search, _ in hidden for trial in search.trials for e, n in trial]
-    if any(_hopeless(event, count * event.releases) for event, count in [*plain.items(), *inner]):
+    seen = sum(count for event, count in noisy.items() if isinstance(event, Selection) and event.seen)
+    apart = delta * _SHARE_OF_TAILS if seen else 0.0
+    parts = _Parts.of(noisy, tail=apart / max(1, seen))
+    if any(_hopeless(event, count) for event, count in parts.releases()):
         return math.inf
-    gaussians = tuple(sorted(plain.items(), key=repr))
-    chosen = accountant_for(counts, accountant)
-    return _epsilon(gaussians, tuple(several), tuple(hidden), delta - apart, chosen)
+    return _solve(parts, delta - apart, accountant_for(noisy, accountant))
 
 
 def accountant_for(events: Iterable[Event], wish: AccountantName = "PLD") -> AccountantName:
     """Which accountant the composition of these events needs: PLD knows no bound for a search."""
     searches = [event for event in events if isinstance(event, Selection)]
     return "RDP" if any(not search.seen or len(search.trials) > 1 for search in searches) else wish
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What composes, each with how often. Hashable: solving for epsilon is cached.
+
+    Attributes:
+        gaussians: releases.
+        blind: trials of searches whose trials are seen; each draws one of several candidates blindly.
+        searches: those of which only the best is seen.
+    """
+
+    gaussians: Trial
+    blind: tuple[tuple[tuple[Trial, ...], int], ...]
+    searches: tuple[tuple[Selection, int], ...]
+
+    @classmethod
+    def of(cls, counts: Mapping[Gaussian | Selection, int], *, tail: float) -> _Parts:
+        """`tail`: probability with which each search whose trials are seen may make more of them than are counted."""
+        gaussians: Counter[Gaussian] = Counter()
+        blind, searches = [], []
+        for event, count in sorted(counts.items(), key=repr):
+            if not isinstance(event, Selection):
+                gaussians[event] += count
+            elif not event.seen:
+                searches.append((event, count))
+            else:
+                times = count * event.repetitions.most(tail)
+                if len(event.trials) == 1:  # plain composition: any accountant adds it up
+                    gaussians.update({part: times * number for part, number in event.trials[0]})
+                else:
+                    blind.append((event.trials, times))
+        return cls(tuple(sorted(gaussians.items(), key=repr)), tuple(blind), tuple(searches))
+
+    def releases(self) -> Iterator[tuple[Gaussian, int]]:
+        """Every kind of noisy sum, with how often it occurs beside its like; of a search, in one trial."""
+        inner = [(trial, times) for trials, times in self.blind for trial in trials]
+        inner += [(trial, 1) for search, _ in self.searches for trial in search.trials]
+        for trial, times in [(self.gaussians, 1), *inner]:
+            for event, count in trial:
+                yield event, count * times * event.releases
+
+    @property
+    def distance(self) -> float:
+        """Total variation distance of all of it to what is accounted for."""
+        found = _distance(self.gaussians)
+        found += sum(max(map(_distance, trials)) * times for trials, times in self.blind)
+        return found + sum(search.distance * search.repetitions.mean * count for search, count in self.searches)
+
+    def renyi(self) -> NDArray[np.float64]:
+        """Renyi divergence of all of it at each of `_RDP_ORDERS`."""
+        found = _renyi(self.gaussians)
+        for trials, times in self.blind:
+            found = found + _dearest(trials) * times
+        for search, count in self.searches:
+            found = found + search.repetitions.rdp(np.array(_RDP_ORDERS), _dearest(search.trials)) * count
+        return found
 
 
 def _hopeless(event: Gaussian, count: int) -> bool:
@@ -99,34 +147,12 @@ def _hopeless(event: Gaussian, count: int) -> bool:
 
 
 @lru_cache(maxsize=4096)
-def _epsilon(
-    counts: Trial,
-    several: tuple[tuple[tuple[Trial, ...], int], ...],
-    hidden: tuple[tuple[Selection, int], ...],
-    delta: float,
-    accountant: AccountantName,
-) -> float:
-    """Solve for epsilon: `counts` composed, `several` of dearest trials, and searches of which only the best is seen."""
-    distance = sum(event.distance * count for event, count in counts)
-    distance += sum(max(sum(e.distance * n for e, n in trial) for trial in trials) * times for trials, times in several)
-    distance += sum(search.distance * search.repetitions.mean * count for search, count in hidden)
-    if accountant == "PLD":
-        composed = _compose(counts, "PLD")
-        at = composed.get_epsilon
-    else:
-        from dp_accounting.rdp.rdp_privacy_accountant import compute_epsilon
-
-        orders = np.array(_RDP_ORDERS, np.float64)
-        total = _renyi(counts)
-        total = total + sum(_dearest(trials) * times for trials, times in several)
-        total = total + sum(search.repetitions.rdp(orders, _dearest(search.trials)) * count for search, count in hidden)
-
-        def at(delta: float) -> float:
-            return float(compute_epsilon(orders, total, delta)[0])
-
+def _solve(parts: _Parts, delta: float, accountant: AccountantName) -> float:
+    """The epsilon at which the accountant's delta and the distance to what it accounts for are `delta` together."""
+    distance, at = parts.distance, _epsilons(parts, accountant)
     remaining = delta
     for _ in range(32):
-        found = float(at(remaining))
+        found = at(remaining)
         needed = remaining + (1 + math.exp(min(found, 700.0))) * distance
         if needed <= delta:
             return found
@@ -134,6 +160,21 @@ def _epsilon(
         if remaining <= 0:
             break
     return math.inf  # the grid is too coarse to certify anything at this delta
+
+
+def _epsilons(parts: _Parts, accountant: AccountantName) -> Callable[[float], float]:
+    """Epsilon as a function of delta."""
+    if accountant == "PLD":
+        composed = _compose(parts.gaussians, "PLD")
+        return lambda delta: float(composed.get_epsilon(delta))
+    from dp_accounting.rdp.rdp_privacy_accountant import compute_epsilon
+
+    divergences = parts.renyi()
+    return lambda delta: float(compute_epsilon(_RDP_ORDERS, divergences, delta)[0])
+
+
+def _distance(trial: Trial) -> float:
+    return sum(event.distance * count for event, count in trial)
 
 
 def _dearest(trials: Iterable[Trial]) -> NDArray[np.float64]:

@@ -76,6 +76,7 @@ class CorrelatedGaussian:
         sigma: standard deviation of the discrete Gaussian in each row, in grid steps.
         dimension: length of a row.
 
+    >>> from stillroom_shared.accounting import epsilon
     >>> run = CorrelatedGaussian(
     ...     noise_multiplier=2.0, rounds=64, participations=8, separation=8, sigma=2**40, dimension=9_216)
     >>> plain = SampledGaussian(noise_multiplier=2.0, sampling_rate=1.0, sigma=2**40, dimension=9_216)
@@ -126,6 +127,7 @@ class LocalGaussian:
         sigma: standard deviation of the discrete Gaussian of one step, in grid steps.
         dimension: length of a sum.
 
+    >>> from stillroom_shared.accounting import epsilon
     >>> run = LocalGaussian(
     ...     noise_multiplier=1.0, sampling_rate=0.1, steps=4, participations=25, rounds=50, sigma=2**28, dimension=9_216)
     >>> step = SampledGaussian(noise_multiplier=1.0, sampling_rate=0.1, sigma=2**28, dimension=9_216)
@@ -205,6 +207,7 @@ class Selection:
         seen: False: only the best is seen, and neither K nor any other trial. True: every trial is seen, which is plain
             composition. K is random, so epsilon is that of the K that is passed with a hundredth of delta only.
 
+    >>> from stillroom_shared.accounting import epsilon
     >>> step = SampledGaussian(noise_multiplier=16.0, sampling_rate=0.5, sigma=2**32, dimension=100)
     >>> search = selection_of([[step] * 10], Poisson(mean=4.0))
     >>> once, naive, best, seen = [step] * 10, [step] * 40, [search], [search.without_sampling()]
