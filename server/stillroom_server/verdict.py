@@ -18,7 +18,7 @@ from stillroom_shared.errors import SettingsError
 from stillroom_shared.ledger import Row
 
 Verdict = Literal["publish", "roll back"]
-Requirement = Literal["not-worse", "better"]
+Requirement = Literal["not-worse", "better", "nothing"]
 NOTE = "evaluated"
 
 
@@ -29,6 +29,7 @@ class Policy(BaseModel):
     notice is excluded (a non-inferiority test). The burden of proof is the candidate's in both, and an evaluation that is too
     noisy to tell lets nothing pass. `better` alone would roll back many good candidates of small federations, whose rounds
     are paid for and cannot be had back; "publish unless shown to be worse" would let any ruin pass that noise hides.
+    `nothing` is for the trials of a search, which are compared with each other and published by the search alone.
 
     >>> found = Estimate(difference=0.004, low=-0.003, high=0.011, noise=0.001, second_moment=0.01)
     >>> Policy().verdict(found), Policy(require="better").verdict(found), Policy(margin=0.002).verdict(found)
@@ -42,20 +43,22 @@ class Policy(BaseModel):
 
     @classmethod
     def checked(cls, require: str, margin: float) -> Policy:
-        """From the command line; `SettingsError` says what fits."""
+        """From the command line, where `nothing` is no choice; `SettingsError` says what fits."""
         if require not in ("not-worse", "better") or not 0 <= margin <= 1:
             raise SettingsError(
                 f"--require {require} --margin {margin}: require `better` or `not-worse`, with a margin from 0 to 1"
             )
-        return cls(require=require, margin=margin)
+        return cls.model_validate({"require": require, "margin": margin})
 
     @property
     def threshold(self) -> float:
         """What the lower end of the interval must exceed, in nDCG."""
-        return -self.margin if self.require == "not-worse" else 0.0
+        return {"nothing": -math.inf, "not-worse": -self.margin, "better": 0.0}[self.require]
 
     def verdict(self, found: Estimate) -> Verdict:
         """What follows; an interval that is no interval lets nothing pass."""
+        if self.require == "nothing":
+            return "publish"
         return "publish" if math.isfinite(found.low) and found.low > self.threshold else "roll back"
 
 
