@@ -25,15 +25,20 @@ NOTE = "evaluated"
 class Policy(BaseModel):
     """What the interval must show before a candidate is published.
 
-    `better`: all of it lies above 0. `not-worse`, the default: all of it lies above `-margin`, so a loss that anybody would
-    notice is excluded (a non-inferiority test). The burden of proof is the candidate's in both, and an evaluation that is too
-    noisy to tell lets nothing pass. `better` alone would roll back many good candidates of small federations, whose rounds
+    `better`: all of it lies above 0. `not-worse`, the default: all of it lies above `-margin` times the least share of devices
+    that scored something, so a loss of `margin` among those is excluded (a non-inferiority test), and silence shows nothing.
+    The burden of proof is the candidate's in both, and an evaluation that is too noisy to tell, or that hardly anybody
+    answered, lets nothing pass. `better` alone would roll back many good candidates of small federations, whose rounds
     are paid for and cannot be had back; "publish unless shown to be worse" would let any ruin pass that noise hides.
     `nothing` is for the trials of a search, which are compared with each other and published by the search alone.
 
-    >>> found = Estimate(difference=0.004, low=-0.003, high=0.011, noise=0.001, second_moment=0.01)
-    >>> Policy().verdict(found), Policy(require="better").verdict(found), Policy(margin=0.002).verdict(found)
+    >>> from dataclasses import replace
+    >>> found = Estimate(
+    ...     difference=0.004, low=-0.003, high=0.011, noise=0.001, second_moment=0.01, answered=0.6, least_answered=0.5)
+    >>> Policy().verdict(found), Policy(require="better").verdict(found), Policy(margin=0.004).verdict(found)
     ('publish', 'roll back', 'roll back')
+    >>> Policy().verdict(replace(found, least_answered=0.2))
+    'roll back'
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -50,16 +55,17 @@ class Policy(BaseModel):
             )
         return cls.model_validate({"require": require, "margin": margin})
 
-    @property
-    def threshold(self) -> float:
-        """What the lower end of the interval must exceed, in nDCG."""
-        return {"nothing": -math.inf, "not-worse": -self.margin, "better": 0.0}[self.require]
+    def threshold(self, least_answered: float) -> float:
+        """What the lower end of the interval must exceed, in nDCG averaged over all enrolled devices."""
+        return -self.margin * min(max(least_answered, 0.0), 1.0) if self.require == "not-worse" else 0.0
 
     def verdict(self, found: Estimate) -> Verdict:
         """What follows; an interval that is no interval lets nothing pass."""
         if self.require == "nothing":
             return "publish"
-        return "publish" if math.isfinite(found.low) and found.low > self.threshold else "roll back"
+        return (
+            "publish" if math.isfinite(found.low) and found.low > self.threshold(found.least_answered) else "roll back"
+        )
 
 
 class Evaluation(BaseModel):
@@ -73,6 +79,7 @@ class Evaluation(BaseModel):
         difference, low, high: mean over all enrolled devices of the change in nDCG@10, with its 95% interval.
         noise: standard deviation of the noise in `difference`.
         second_moment: released estimate of the mean squared difference of devices.
+        answered, least_answered: share of enrolled devices that scored something, as released, and its lower bound.
         epsilon: of all charges so far against readers of releases, user level, at `delta`; None: no guarantee.
     """
 
@@ -88,6 +95,8 @@ class Evaluation(BaseModel):
     high: float
     noise: float
     second_moment: float
+    answered: float
+    least_answered: float
     bound: float
     noise_multiplier: float
     sampling_rate: float

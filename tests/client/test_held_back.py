@@ -144,7 +144,7 @@ def test_an_evaluation_is_recorded_like_a_round_and_never_answered_twice(tmp_pat
     with Ledger.open(home / LEDGER_FILE) as ledger:
         events = ledger.events()
     assert isinstance(events[1], SampledGaussian)
-    assert (events[1].sampling_rate, events[1].dimension) == (1.0, 2)
+    assert (events[1].sampling_rate, events[1].dimension) == (1.0, 3)
     assert {Attempt(3, 1), Attempt(3, 2), Attempt(4, 1)} <= set(device_receipt(home, "f").charges)
 
 
@@ -170,7 +170,7 @@ def answers(home: Path, order: EvaluationOrder, baseline: Adapter, candidate: Ad
     (reply,) = grid.send_and_receive([message])
     assert not reply.has_error()
     assert set(reply.content) - {"receipt"} == {"update"}
-    return list(read_update(reply.content, 2).tolist())
+    return list(read_update(reply.content, 3).tolist())
 
 
 def test_a_device_that_declines_or_has_nothing_to_say_sends_the_same_zeros(
@@ -181,14 +181,14 @@ def test_a_device_that_declines_or_has_nothing_to_say_sends_the_same_zeros(
     real = evaluation(release=tiny_release.id)
     bounded = answers(home, real, zero, tiny_adapter)
     assert bounded == real.comparison.answer(1.0).tolist(), "a whole difference is clipped to the bound"
-    assert answers(home, real, zero, tiny_adapter) == [0, 0], "the same attempt again"
+    assert answers(home, real, zero, tiny_adapter) == [0, 0, 0], "the same attempt again"
     other = evaluation(release="another", attempt=3)
-    assert answers(home, other, zero, tiny_adapter) == [0, 0]
+    assert answers(home, other, zero, tiny_adapter) == [0, 0, 0]
     Consent(mechanisms=()).save(home)
-    assert answers(home, evaluation(release=tiny_release.id, attempt=4), zero, tiny_adapter) == [0, 0]
+    assert answers(home, evaluation(release=tiny_release.id, attempt=4), zero, tiny_adapter) == [0, 0, 0]
     Consent().save(home)
     device.erase_feedback()
-    assert answers(home, evaluation(release=tiny_release.id, attempt=5), zero, tiny_adapter) == [0, 0]
+    assert answers(home, evaluation(release=tiny_release.id, attempt=5), zero, tiny_adapter) == [0, 0, 0]
     with Ledger.open(home / LEDGER_FILE) as ledger:
         assert len(ledger.events()) == 2, "having nothing to say costs the same as saying something"
 

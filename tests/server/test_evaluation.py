@@ -325,16 +325,16 @@ def test_whatever_a_device_answers_counts_as_zero(make_home: Callable[..., Path]
         return lambda message, context: Message(update_message(update), reply_to=message)
 
     def more(message: Message, context: Context) -> Message:
-        content = update_message(np.zeros(2, np.int32))
+        content = update_message(np.zeros(3, np.int32))
         content["more"] = content["update"]
         return Message(content, reply_to=message)
 
     hostile: dict[str, Answer] = {
         "raises": raises,
-        "too long": says(np.ones(3, np.int32)),
-        "floats": says(np.ones(2, np.float64)),
-        "too large": says(np.full(2, RESOLUTION, np.int32)),
-        "just too large": says(np.array([RESOLUTION, 1], np.int32)),
+        "too long": says(np.ones(4, np.int32)),
+        "floats": says(np.ones(3, np.float64)),
+        "too large": says(np.full(3, RESOLUTION, np.int32)),
+        "just too large": says(np.array([RESOLUTION, 1, 0], np.int32)),
         "extra": more,
         "empty": lambda message, context: Message(RecordDict(), reply_to=message),
     }

@@ -21,7 +21,7 @@ from stillroom_server.coordinate import ADAPTERS_FOLDER, KEY_FILE, Coordinator
 from stillroom_server.verdict import Evaluation, Policy
 from stillroom_shared.adapter import Adapter
 from stillroom_shared.cli import build_app
-from stillroom_shared.comparison import SPREAD
+from stillroom_shared.comparison import PRESENCE, SPREAD
 from stillroom_shared.corpus import Passage
 from stillroom_shared.errors import SettingsError
 from stillroom_shared.ledger import Ledger
@@ -123,10 +123,11 @@ def test_one_device_moves_an_evaluation_by_at_most_the_sensitivity_through_its_o
         [
             found[0].difference - found[1].difference,
             (found[0].second_moment - found[1].second_moment) * SPREAD / judged.bound,
+            (found[0].answered - found[1].answered) * PRESENCE * judged.bound,
         ]
     )
     norm = float(np.linalg.norm(moved * DEVICES))
-    clip_norm = judged.bound * math.sqrt(1 + SPREAD**2)
+    clip_norm = judged.bound * math.sqrt(1 + SPREAD**2 + PRESENCE**2)
     assert norm <= clip_norm * (1 + 1e-6)
     assert norm > 0.999 * clip_norm, "the bound is never reached: the test would pass for any bound"
 
