@@ -4,14 +4,14 @@
 |---|---|
 | a row altered, removed, reordered, or signed by another key | hashes, links and signatures; the row is named |
 | rows cut off at the end, or an old copy | `head`, the hash of a row that a counterpart has seen, and every published adapter |
-| an adapter whose statement claims another epsilon | the same statement, computed again from the events it covers |
+| an adapter whose statement says anything else than its charges cost | the same statement, computed again from the ledger |
+| an adapter that leaves charges of its own rounds out | the rows that it covers, against all that were charged for its rounds |
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -20,13 +20,13 @@ from stillroom_server.coordinate import ADAPTERS_FOLDER, KEY_FILE, LEDGER_FILE
 from stillroom_server.plan import PLAN_FILE, Plan
 from stillroom_server.receipts import RECEIPTS_FILE, ReceiptBook
 from stillroom_shared.errors import LedgerError, SettingsError
-from stillroom_shared.events import Event
+from stillroom_shared.events import event_from_json
 from stillroom_shared.ledger import Ledger, Row
 from stillroom_shared.receipts import Receipt
 from stillroom_shared.release import AdapterManifest
 from stillroom_shared.sealed import open_sealed
 from stillroom_shared.signing import SigningKey
-from stillroom_shared.statement import PrivacyStatement, rounds_of, statement
+from stillroom_shared.statement import PrivacyStatement, printed_epsilon, statement
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,7 @@ def audit_ledger(path: Path, *, public_key: str | None = None, head: str | None 
     plan_home = ledger_path.parent
     with Ledger.open(ledger_path, public_key=public_key) as ledger:
         ledger.verify()
-        rows, events = ledger.rows(), ledger.events()
+        rows = ledger.rows()
     if head is not None and head.lower() not in {row.hash for row in rows}:
         raise LedgerError(
             f"{ledger_path} ends with row {rows[-1].seq} and lacks the row of hash {head}: rows after it were cut off, or it "
@@ -75,13 +75,13 @@ def audit_ledger(path: Path, *, public_key: str | None = None, head: str | None 
         raise LedgerError(
             f"{ledger_path} began with another plan than {plan_home / PLAN_FILE}: restore the original plan"
         )
-    made = _statement(events, plan, evaluations=_evaluations(rows))
+    made = _statement(rows, plan)
     kept = (plan_home / RECEIPTS_FILE).is_file()  # looking must not make a book
     return LedgerAudit(
         statement=made,
         rows=len(rows),
         head=rows[-1].hash,
-        adapters=_check_adapters(plan_home, plan, events, rows),
+        adapters=_check_adapters(plan_home, plan, rows),
         refused=ReceiptBook(plan_home, federation=plan.federation).refused() if kept else {},
     )
 
@@ -100,13 +100,11 @@ def export_receipt(home: Path, device: str) -> Receipt:
     return ReceiptBook(home, federation=plan.federation).export(device, SigningKey.load(home / KEY_FILE))
 
 
-def _evaluations(rows: Sequence[Row]) -> int:
-    return sum("evaluation" in row.fields["purpose"] for row in rows if row.kind == "spend")
-
-
-def _statement(events: Sequence[Event], plan: Plan, *, evaluations: int) -> PrivacyStatement:
+def _statement(rows: Sequence[Row], plan: Plan) -> PrivacyStatement:
+    """What these rows were charged for."""
+    spends = [row.fields for row in rows if row.kind == "spend"]
     return statement(
-        events,
+        [event_from_json(spend["event"]) for spend in spends],
         delta=plan.delta,
         devices=len(plan.enrolled),
         sampling_rate=plan.sampling_rate,
@@ -114,12 +112,12 @@ def _statement(events: Sequence[Event], plan: Plan, *, evaluations: int) -> Priv
         rehearsal=plan.rehearsal,
         mechanism=plan.mechanism,
         trial_of=plan.trial_of,
-        evaluations=evaluations,
+        evaluations=sum("evaluation" in spend["purpose"] for spend in spends),
     )
 
 
-def _check_adapters(home: Path, plan: Plan, events: Sequence[Event], rows: Sequence[Row]) -> int:
-    """Every adapter states what the first of the ledger's events cost; how many adapters there are."""
+def _check_adapters(home: Path, plan: Plan, rows: Sequence[Row]) -> int:
+    """Every adapter states what the rows before it cost, and none was published before its charges; how many there are."""
     folders = sorted((home / ADAPTERS_FOLDER).glob("round-*"))
     key = str(rows[0].fields["key"])
     for folder in folders:
@@ -130,34 +128,61 @@ def _check_adapters(home: Path, plan: Plan, events: Sequence[Event], rows: Seque
             raise LedgerError(
                 f"{folder} has no statement that can be checked ({error.error_count()} errors)"
             ) from error
-        seen = manifest.ledger
-        if seen is not None and [row.hash for row in rows[seen.rows - 1 : seen.rows]] != [seen.head]:
+        if (seen := manifest.ledger) is None:
+            raise LedgerError(f"{folder} does not say which rows of the ledger it covers: its statement proves nothing")
+        if [row.hash for row in rows[seen.rows - 1 : seen.rows]] != [seen.head]:
             raise LedgerError(
                 f"{folder} was published when the ledger had {seen.rows} rows with head {seen.head}; it ends with row "
                 f"{rows[-1].seq} now and lacks that one: rows were cut off, or it is an old copy; restore the newest one"
             )
-        paid = list(accumulate(map(rounds_of, events)))  # rounds that the first, second, ... charge pays for, in all
-        charged = stated.rounds + stated.evaluations
-        if charged and charged not in paid:
+        if later := [row.seq for row in rows[seen.rows :] if _pays_for(row, manifest.round)]:
             raise LedgerError(
-                f"{folder} was published after {charged} charged rounds, the ledger holds {max(paid, default=0)} and "
-                f"ends with row {rows[-1].seq}: rows after it were cut off; restore the newest copy"
+                f"{folder} covers {seen.rows} rows, but row {later[0]} was charged for its rounds too: it understates what "
+                "they cost, do not trust that adapter"
             )
-        recomputed = _statement(events[: sum(own <= charged for own in paid)], plan, evaluations=stated.evaluations)
-        if (stated.unit, stated.delta) != (recomputed.unit, recomputed.delta) or understated(stated, recomputed):
+        recomputed = _statement(rows[: seen.rows], plan)
+        if recomputed.rounds < manifest.round:
             raise LedgerError(
-                f"{folder} states {stated.against}, its {charged} rounds cost {recomputed.against} at delta "
-                f"{recomputed.delta}, {recomputed.unit} level: do not trust that adapter"
+                f"{folder} is of round {manifest.round}, the ledger was charged for {recomputed.rounds} before it was "
+                "published: rounds without a charge; do not trust that adapter"
+            )
+        if misstated(stated, recomputed):
+            raise LedgerError(
+                f"{folder} states {_claims(stated)}; what the ledger was charged for comes to {_claims(recomputed)}: do not "
+                "trust that adapter"
             )
     return len(folders)
 
 
-def understated(stated: PrivacyStatement, recomputed: PrivacyStatement) -> bool:
-    """Whether an adapter claims less than its events cost, against anybody or by any accountant; None is infinity."""
+def _pays_for(row: Row, last_round: int) -> bool:
+    """Whether a row is a charge of a round up to this one, of a retry of it, or of an evaluation after it."""
+    if row.kind != "spend":
+        return False
+    purpose = row.fields["purpose"]
+    return "run" in purpose or purpose.get("round", purpose.get("after", last_round + 1)) <= last_round
+
+
+def _claims(made: PrivacyStatement) -> str:
+    costs = ", ".join(
+        f"{'no guarantee' if value is None else f'epsilon {printed_epsilon(value)}'} against {name}"
+        for name, value in made.against.items()
+    )
+    words = f"{costs or 'nothing'} ({made.unit} level, delta {made.delta:.1e}), {made.rounds} rounds"
+    return f"{words}, {made.evaluations} evaluations, {made.devices:,} devices{', a rehearsal' * made.rehearsal}"
+
+
+def misstated(stated: PrivacyStatement, recomputed: PrivacyStatement) -> bool:
+    """Whether a statement claims less than its events cost, against anybody or by any accountant, or anything else than them.
+
+    None is infinity. Claiming more deceives nobody, and accountants of other versions may.
+    """
 
     def less(claim: float | None, cost: float | None) -> bool:
         return claim is not None and (cost is None or claim < cost * (1 - 1e-6))
 
+    figures = {"against", "epsilon"}
+    if stated.model_dump(exclude=figures) != recomputed.model_dump(exclude=figures):
+        return True
     costs = [*recomputed.against.items(), *recomputed.epsilon.items()]
     claims = {**stated.against, **stated.epsilon}
     return any(less(claims.get(name, 0.0), cost) for name, cost in costs)

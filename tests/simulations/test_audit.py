@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sqlite3
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import Result
@@ -15,10 +16,12 @@ from stillroom_server.plan import Plan
 from stillroom_server.receipts import ReceiptBook
 from stillroom_shared.cli import build_app
 from stillroom_shared.events import SampledGaussian
+from stillroom_shared.heads import Position
 from stillroom_shared.ledger import Ledger
 from stillroom_shared.receipts import Attempt, issue, read_receipt
 from stillroom_shared.release import Release, seal_adapter
 from stillroom_shared.signing import SigningKey
+from stillroom_shared.statement import statement
 from stillroom_simulations.audit import audit_ledger
 from stillroom_simulations.epsilon_context import check_epsilon_context
 
@@ -116,12 +119,15 @@ def test_every_epsilon_is_recomputed_from_the_events(federation: Path) -> None:
     assert found.against["readers of releases"] == pytest.approx(accountant.get_epsilon(1e-3), rel=1e-6)
 
 
-def publish(federation: Path, key: SigningKey, **claims: object) -> None:
+def publish(federation: Path, key: SigningKey, *, round_number: int = 3, rows: int = 4, **claims: object) -> None:
     """Seal an adapter of round 3 whose statement claims something else than the ledger's."""
     with Coordinator(federation) as coordinator:
+        hashes = [row.hash for row in coordinator.ledger.rows()]
         seal_adapter(
-            federation / ADAPTERS_FOLDER / "round-0003", coordinator.adapter, release_id=coordinator.release.id, round=3,
+            federation / ADAPTERS_FOLDER / f"round-{round_number:04d}", coordinator.adapter,
+            release_id=coordinator.release.id, round=round_number,
             statement=coordinator.statement().model_dump(mode="json") | claims, key=key,
+            ledger=Position(rows=rows, head=hashes[rows - 1]) if rows else None,
         )  # fmt: skip
 
 
@@ -146,18 +152,41 @@ def test_a_published_adapter_states_what_the_ledger_holds(federation: Path, sign
         ),
         ({"against": {}}, "states"),
         ({"delta": 1e-2}, "states"),
-        ({"rounds": 2}, None),
-        ({"rounds": 5}, "published after 5 charged rounds"),
+        ({"rounds": 2}, "states"),
+        ({"rounds": 5}, "states"),
+        ({"rounds": 0, "epsilon": {}, "against": {}}, "states"),
+        ({"devices": 10**6}, "states"),
+        ({"rehearsal": True}, "states"),
+        ({"evaluations": 1}, "states"),
+        ({"clip_norm": 0.5}, "states"),
+        ({"epsilon": {"PLD": 99.0, "RDP": 99.0}}, None),
+        ({"rows": 0}, "does not say which rows"),
+        ({"rows": 3}, "row 3 was charged for its rounds too"),
+        ({"round_number": 4}, "4, the ledger was charged for 3"),
     ],
 )
 def test_an_adapter_that_claims_less_than_its_events_cost_fails(
-    federation: Path, signing_key: SigningKey, claims: dict[str, object], problem: str | None
+    federation: Path, signing_key: SigningKey, claims: dict[str, Any], problem: str | None
 ) -> None:
-    """Claiming more than it cost, as for two of three rounds, deceives nobody."""
+    """Claiming a larger epsilon than it cost deceives nobody; every other difference does."""
     publish(federation, signing_key, **claims)
     done = audit(federation)
     assert done.exit_code == (0 if problem is None else 1), done.output
     assert problem is None or problem in done.output
+
+
+@pytest.mark.parametrize("rounds", [0, 1, 2])
+def test_a_whole_statement_of_fewer_rounds_fails(federation: Path, signing_key: SigningKey, rounds: int) -> None:
+    """Each of its fields fits the others, and it was really true once: for another adapter."""
+    with Coordinator(federation) as coordinator:
+        events, plan = coordinator.ledger.events()[:rounds], coordinator.plan
+    earlier = statement(
+        events, delta=plan.delta, devices=100, sampling_rate=0.5, clip_norm=1.0, rehearsal=False, mechanism="central"
+    )
+    publish(federation, signing_key, **earlier.model_dump(mode="json"))
+    done = audit(federation)
+    assert done.exit_code == 1
+    assert f"level, delta 1.0e-03), {rounds} rounds" in done.output
 
 
 def test_a_receipt_is_written_for_an_enrolled_device_only(

@@ -145,7 +145,7 @@ def spend_in_a_trial(home: Path) -> None:
     with Coordinator(path) as trial:
         for attempt in (2, 3):
             event = trial.ledger.events()[0]
-            trial.ledger.spend(event, budget=None, purpose={"round": 1, "attempt": attempt})
+            trial.ledger.spend(event, budget=None, purpose={"round": 9, "attempt": attempt})
 
 
 def seal_another(home: Path) -> None:
