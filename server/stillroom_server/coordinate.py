@@ -24,6 +24,7 @@ import numpy as np
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
+from stillroom_server.adapters import ADAPTERS_FOLDER, Adapters
 from stillroom_server.checkpoint import STATE_FILE, load_checkpoint, save_checkpoint
 from stillroom_server.cohort import poisson_cohort
 from stillroom_server.devices import enrolled_nodes, sum_updates, wait_for_nodes
@@ -34,7 +35,6 @@ from stillroom_server.verdict import evaluations_in, last_rolled_back
 from stillroom_shared.adapter import Adapter
 from stillroom_shared.correlated import Correlated
 from stillroom_shared.errors import BudgetError, LedgerError
-from stillroom_shared.files import replace_file
 from stillroom_shared.heads import LedgerHead, head_of
 from stillroom_shared.ledger import Ledger
 from stillroom_shared.local_rounds import LocalRounds
@@ -47,13 +47,12 @@ from stillroom_shared.protocol import (
 )
 from stillroom_shared.randomness import Randomness
 from stillroom_shared.receipts import Attempt
-from stillroom_shared.release import Release, open_adapter, open_release, seal_adapter
+from stillroom_shared.release import Release, open_release
 from stillroom_shared.signing import SigningKey
 from stillroom_shared.statement import PrivacyStatement, statement
 
 LEDGER_FILE = "ledger.sqlite3"
 KEY_FILE = "coordinator.key"
-ADAPTERS_FOLDER = "adapters"
 _ROWS_FILE = "rows.npz"
 _WHOLE_RUN = {"run": 1}
 """Purpose of the one charge of a run whose devices take turns."""
@@ -77,6 +76,7 @@ class Coordinator:
         self.key = _load_or_make_key(home / KEY_FILE)
         self.release: Release = open_release(home / self.plan.release_folder, trusted_key=None)
         self.spec = self.release.adapter_spec
+        self.adapters = Adapters(home / ADAPTERS_FOLDER, self.release, self.key)
         about = {"federation": self.plan.federation, "plan": self.plan.content_hash}
         self.ledger = Ledger.create(home / LEDGER_FILE, key=self.key, about=about)
         self.receipts = ReceiptBook(home, federation=self.plan.federation)
@@ -121,21 +121,13 @@ class Coordinator:
     @property
     def published(self) -> Path:
         """Where the adapter after the rounds so far is, or will be, sealed."""
-        return self._sealed(len(self.state.history))
+        return self.adapters.after(len(self.state.history))
 
     def publish(self) -> None:
         """Seal the released adapter beside the statement that covers every charge so far; once for each round."""
         if self.published.exists():
             return
-        seal_adapter(
-            self.published,
-            self.adapter,
-            release_id=self.release.id,
-            round=len(self.state.history),
-            statement=self.statement().model_dump(mode="json"),
-            key=self.key,
-            ledger=self.ledger_head().position,
-        )
+        self.adapters.seal(len(self.state.history), self.adapter, self.statement(), self.ledger_head().position)
 
     def statement(self) -> PrivacyStatement:
         """What has been spent, from the ledger's events."""
@@ -153,29 +145,23 @@ class Coordinator:
 
     def baseline(self) -> tuple[int, Adapter]:
         """What was published last, and after how many rounds; zero after none."""
-        for rounds in range(len(self.state.history), 0, -1):
-            if (folder := self._sealed(rounds)).exists():
-                return rounds, open_adapter(folder, release=self.release, trusted_key=self.key.public).adapter
-        return 0, Adapter.zero(self.spec)
+        return self.adapters.latest(len(self.state.history))
 
     def settle(self) -> None:
         """Do what the last evaluation decided, if that was not done before a crash.
 
         Raises `LedgerError` when the checkpoint, or a result beside the adapters, is not what the ledger says.
         """
-        adapters = self.home / ADAPTERS_FOLDER
         if decided := evaluations_in(self.ledger.rows()):
             last = decided[-1]
-            if not (copy := adapters / last.file_name).exists():
-                adapters.mkdir(exist_ok=True)
-                replace_file(copy, last.model_dump_json(indent=1).encode())
+            self.adapters.keep(last)
             if last.round == len(self.state.history) and last.verdict == "publish":
                 self.publish()
             elif last.round == len(self.state.history) and self.state.restart < last.round:
                 _, baseline = self.baseline()
                 self.state = self.state.rolled_back(baseline.values.astype(np.float64))
                 save_checkpoint(self.home / STATE_FILE, self.state, self.unclipped)
-        due, results = last_rolled_back(decided), len(list(adapters.glob("evaluation-*.json")))
+        due, results = last_rolled_back(decided), self.adapters.evaluations
         if (self.state.restart, results) != (due, len(decided)):
             self.ledger.close()
             raise LedgerError(
@@ -298,9 +284,6 @@ class Coordinator:
             dimension=self.spec.size,
             unclipped=self.unclipped,
         )
-
-    def _sealed(self, rounds: int) -> Path:
-        return self.home / ADAPTERS_FOLDER / f"round-{rounds:04d}"
 
     def randomness(self, use: str, order: RoundOrder | EvaluationOrder) -> Randomness:
         """Fresh randomness for one use in one attempt; in a rehearsal with a seed, always the same."""

@@ -16,7 +16,8 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from stillroom_server.coordinate import ADAPTERS_FOLDER, KEY_FILE, LEDGER_FILE
+from stillroom_server.adapters import ADAPTERS_FOLDER
+from stillroom_server.coordinate import KEY_FILE, LEDGER_FILE
 from stillroom_server.plan import PLAN_FILE, Plan
 from stillroom_server.receipts import RECEIPTS_FILE, ReceiptBook
 from stillroom_shared.errors import LedgerError, SettingsError

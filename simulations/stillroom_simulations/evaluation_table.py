@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from stillroom_server.coordinate import ADAPTERS_FOLDER
+from stillroom_server.adapters import ADAPTERS_FOLDER
 from stillroom_server.verdict import Evaluation
 from stillroom_shared.statement import READERS, printed_epsilon
 

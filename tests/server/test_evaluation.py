@@ -11,8 +11,9 @@ import pytest
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
+from stillroom_server.adapters import ADAPTERS_FOLDER
 from stillroom_server.app import HOME_KEY, server_app
-from stillroom_server.coordinate import ADAPTERS_FOLDER, KEY_FILE, LEDGER_FILE, Coordinator
+from stillroom_server.coordinate import KEY_FILE, LEDGER_FILE, Coordinator
 from stillroom_server.evaluation import evaluation_app
 from stillroom_server.plan import Plan
 from stillroom_server.verdict import Evaluation, Policy
@@ -286,12 +287,12 @@ def test_killed_after_the_verdict_it_is_carried_out_at_the_next_start(
         killed.append(1)
         raise KeyboardInterrupt
 
-    where = "stillroom_server.coordinate" + (".Coordinator" if point in ("settle", "publish") else "")
+    module = {"replace_file": "adapters", "save_checkpoint": "coordinate"}.get(point, "coordinate.Coordinator")
     with monkeypatch.context() as patched:
         if point == "settle":  # only the one after the verdict
             patched.setattr("stillroom_server.evaluation.evaluations_in", lambda rows: _armed(patched, die))
         else:
-            patched.setattr(f"{where}.{point}", die)
+            patched.setattr(f"stillroom_server.{module}.{point}", die)
         with suppress(KeyboardInterrupt):
             judge(home, difference)
     assert killed or (point, difference) in (("publish", -0.1), ("save_checkpoint", 0.1))

@@ -11,7 +11,8 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
-from stillroom_server.coordinate import ADAPTERS_FOLDER, KEY_FILE, LEDGER_FILE, Coordinator
+from stillroom_server.adapters import ADAPTERS_FOLDER
+from stillroom_server.coordinate import KEY_FILE, LEDGER_FILE, Coordinator
 from stillroom_server.plan import Plan
 from stillroom_server.receipts import ReceiptBook
 from stillroom_shared.cli import build_app

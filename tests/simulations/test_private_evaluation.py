@@ -16,8 +16,9 @@ from stillroom_client.encoder import Encoder
 from stillroom_client.held_back import set_held_back_key
 from stillroom_client.participation import LEDGER_FILE
 from stillroom_client.training import Trainer
+from stillroom_server.adapters import ADAPTERS_FOLDER
 from stillroom_server.checkpoint import save_checkpoint
-from stillroom_server.coordinate import ADAPTERS_FOLDER, KEY_FILE, Coordinator
+from stillroom_server.coordinate import KEY_FILE, Coordinator
 from stillroom_server.verdict import Evaluation, Policy
 from stillroom_shared.adapter import Adapter
 from stillroom_shared.cli import build_app
