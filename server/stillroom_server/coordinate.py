@@ -25,6 +25,7 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from stillroom_server.adapters import ADAPTERS_FOLDER, Adapters
+from stillroom_server.charges import Formed, attempts_at, charge_run, is_whole_run, record_formed, require_covers
 from stillroom_server.checkpoint import STATE_FILE, load_checkpoint, save_checkpoint
 from stillroom_server.cohort import poisson_cohort
 from stillroom_server.devices import enrolled_nodes, sum_updates, wait_for_nodes
@@ -54,8 +55,6 @@ from stillroom_shared.statement import PrivacyStatement, statement
 LEDGER_FILE = "ledger.sqlite3"
 KEY_FILE = "coordinator.key"
 _ROWS_FILE = "rows.npz"
-_WHOLE_RUN = {"run": 1}
-"""Purpose of the one charge of a run whose devices take turns."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,9 +79,13 @@ class Coordinator:
         about = {"federation": self.plan.federation, "plan": self.plan.content_hash}
         self.ledger = Ledger.create(home / LEDGER_FILE, key=self.key, about=about)
         self.receipts = ReceiptBook(home, federation=self.plan.federation)
-        self.state, self.unclipped = load_checkpoint(home / STATE_FILE, self.spec.size)
-        self._check_ledger_covers_state()
-        self.settle()
+        try:
+            self.state, self.unclipped = load_checkpoint(home / STATE_FILE, self.spec.size)
+            require_covers(self.ledger, len(self.state.history), home / STATE_FILE)
+            self.settle()
+        except BaseException:
+            self.ledger.close()
+            raise
 
     @property
     def finished(self) -> bool:
@@ -163,7 +166,6 @@ class Coordinator:
                 save_checkpoint(self.home / STATE_FILE, self.state, self.unclipped)
         due, results = last_rolled_back(decided), self.adapters.evaluations
         if (self.state.restart, results) != (due, len(decided)):
-            self.ledger.close()
             raise LedgerError(
                 f"{self.home} was rolled back at round {self.state.restart} and holds {results} evaluations, its ledger "
                 f"says {due} and {len(decided)}: one of them is an old copy; restore the newest of both"
@@ -171,8 +173,7 @@ class Coordinator:
 
     def asked(self, round_number: int) -> int:
         """Attempts at a round, and at evaluations after it: devices number both in one row."""
-        asked = [row.fields["asked"] for row in self.ledger.rows() if row.kind == "note" and "asked" in row.fields]
-        return sum(round_number in (own.get("round"), own.get("after")) for own in (*self.ledger.purposes(), *asked))
+        return attempts_at(self.ledger, round_number)
 
     def _round(self, grid: Grid, nodes: Mapping[str, int]) -> float:
         """One attempt at the next round; returns the norm of the released update."""
@@ -182,8 +183,9 @@ class Coordinator:
         if isinstance(mechanism, Correlated):
             released = self._row(grid, nodes, order, mechanism)
         elif isinstance(mechanism, LocalRounds):
-            self._charge_run(mechanism)
+            charge_run(self.ledger, mechanism, self.plan.budget)
             total = self._ask_turn(grid, nodes, order)
+            record_formed(self.ledger, Formed.of(order.round, total))
             released = mechanism.release(total, self.randomness("none", order))  # the noise is in the updates
         else:
             charged = {"round": order.round, "attempt": order.attempt}
@@ -199,21 +201,14 @@ class Coordinator:
 
     def _row(self, grid: Grid, nodes: Mapping[str, int], order: RoundOrder, mechanism: Correlated) -> Released:
         """One attempt at the next row of a correlated run."""
-        self._charge_run(mechanism)
-        rows = RowStream(
-            self.home / _ROWS_FILE, mechanism, federation=self.plan.federation, plan=self.plan.content_hash
-        )
-        with rows:
+        charge_run(self.ledger, mechanism, self.plan.budget)
+        about = {"federation": self.plan.federation, "plan": self.plan.content_hash}
+        with RowStream(self.home / _ROWS_FILE, mechanism, ledger=self.ledger, **about) as rows:
             update = rows.pending(order.round - 1)
             if update is None:  # no row was formed that the checkpoint lacks
                 total = self._ask_turn(grid, nodes, order)
                 update = rows.release(order.round, total, self.randomness("noise", order))
         return Released(update)
-
-    def _charge_run(self, mechanism: Correlated | LocalRounds) -> None:
-        """Charge a run of turns as a whole, before its first round."""
-        if _WHOLE_RUN not in self.ledger.purposes():
-            self.ledger.spend(mechanism.event(), budget=self.plan.budget, purpose=_WHOLE_RUN)
 
     def _ask_turn(self, grid: Grid, nodes: Mapping[str, int], order: RoundOrder) -> Total:
         """Ask the devices whose turn it is, after a note: the next attempt must carry another number."""
@@ -256,24 +251,12 @@ class Coordinator:
 
     def _require_an_evaluation_after(self, mechanism: Mechanism) -> None:
         """Refuse a round after which the budget would not pay for the evaluation that it needs to be published."""
-        if self.plan.held_back and self.plan.budget and _WHOLE_RUN not in self.ledger.purposes():
+        if self.plan.held_back and self.plan.budget and not is_whole_run(self.ledger):
             after = self.plan.evaluation(number=1, round_number=1, attempt=1, release=self.release.id)
             try:
                 self.plan.budget.check([*self.ledger.events(), mechanism.event(), after.build_mechanism().event()])
             except BudgetError as error:
                 raise BudgetError(f"no budget would be left for the evaluation of what comes next: {error}") from error
-
-    def _check_ledger_covers_state(self) -> None:
-        """A ledger that was removed or restored from an old copy knows less than the checkpoint: refuse to go on."""
-        purposes = self.ledger.purposes()
-        whole = set(range(1, self.plan.rounds + 1)) if _WHOLE_RUN in purposes else set()
-        charged = {purpose["round"] for purpose in purposes if "round" in purpose} | whole
-        if missing := set(range(1, len(self.state.history) + 1)) - charged:
-            self.ledger.close()
-            raise LedgerError(
-                f"{self.ledger.path} has no charge for round {min(missing)}, which {self.home / STATE_FILE} has released: "
-                "restore the newest copy of the ledger; without it the spend is unknown"
-            )
 
     def _next_order(self) -> RoundOrder:
         number = len(self.state.history) + 1

@@ -1,12 +1,16 @@
-"""The rows of a run with correlated noise, across crashes: a row is on disk before anybody learns it.
+"""The rows of a run with correlated noise, across crashes: a row is on disk, and in the ledger, before anybody learns it.
 
 A row of `stillroom_shared.correlated` needs the sums of the rounds before it, so a run has a private state between rounds. It
-lives in one file, replaced in one step; there is no copy in memory that could say something else after a failed write.
+lives in one file, replaced in one step; there is no copy in memory that could say something else after a failed write. Once
+the file is durable the ledger names the row, with its hash (`charges.py`); only then is the row handed out.
 
 Guarantees:
     - For each row, at most one y_t ever leaves `release` and `pending`. A crash before the file is replaced: the row's noise
       was seen by nobody, is lost with the process, and the row is formed again with fresh noise of whatever sum the next
-      attempt brings. A crash after that: the file holds the row, and `pending` hands out that very one.
+      attempt brings. A crash after that: the file holds the row, and `pending` names it in the ledger, unless it is named
+      there, and hands out that very one.
+    - Nor after a copy of the file was restored, with the caller's checkpoint or without: the ledger knows the rows that were
+      handed out, so a file that lacks one of them, or holds another one in its place, is refused.
     - Noise is drawn for one sum and kept nowhere, so no two sums share it.
     - Rows are formed in order, by one process at a time, for one federation, plan and mechanism; anything else is refused.
 
@@ -18,11 +22,17 @@ has seen the sums when the devices answered. A sum leaves the file with the last
 | state file | result |
 |---|---|
 | absent before row 1 | the run begins |
-| absent or behind what the caller has applied (deleted, an old copy) | `LedgerError`: rows would be released twice |
-| one row ahead of what the caller has applied | that row is `pending`; a new sum for it is refused |
+| lacks a row that the ledger names (deleted, an old copy), or holds another | `LedgerError`: it would be released twice |
+| one row ahead of the ledger | a crash between the two: that row is `pending`; a new sum for it is refused |
+| further ahead of the ledger, or the caller applied what it does not name | `LedgerError`: the ledger is an old copy |
+| behind what the caller has applied, or more than one row ahead of it | `LedgerError`: one of the two is an old copy |
+| one row ahead of what the caller has applied | that row is `pending` |
 | of another federation, plan or mechanism; unreadable; open in another process | `LedgerError` |
 
-Roll-back of this file together with all that its caller keeps is not visible here; that is for the ledger's counterpart.
+What no check here can see: file, checkpoint and ledger restored together, to a time before row t was released. The devices see
+it by the ledger's head and answer zeros, but the sums of the bands - 1 rounds before are in the restored file. So another
+version of row t, with fresh noise, is released all the same: one more release about the devices of round t, since y_t - y_t' is
+C_0 x_t with the noise of both, and about those of the rounds before it, which nobody charged.
 """
 
 from __future__ import annotations
@@ -40,11 +50,15 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
+from stillroom_server.charges import Formed, last_formed, record_formed
 from stillroom_shared.correlated import Correlated, RunState
 from stillroom_shared.errors import LedgerError
 from stillroom_shared.files import replace_file, sync
+from stillroom_shared.ledger import Ledger
 from stillroom_shared.mechanism import Total
 from stillroom_shared.randomness import Randomness
+
+_OLD_LEDGER = "the ledger is an old copy; restore its newest one, without it nobody knows which rows were released"
 
 
 class RowStream:
@@ -53,19 +67,21 @@ class RowStream:
     A coordinator that has applied `applied` updates goes on with `pending(applied)`, and only if that is None asks the
     devices of round `applied + 1` and calls `release`. The run's event must be in the ledger before the first of these calls.
 
-    >>> import tempfile
+    >>> import tempfile; from stillroom_shared.signing import SigningKey
     >>> mechanism = Correlated(
     ...     clip_norm=1.0, noise_multiplier=2.0, coefficients=(1024, 512), participations=1, separation=2, rounds=2,
     ...     devices=10, dimension=3)
     >>> with tempfile.TemporaryDirectory() as home:
-    ...     with RowStream(Path(home) / "rows.npz", mechanism, federation="toy", plan="plan hash") as stream:
+    ...     ledger = Ledger.create(Path(home) / "ledger.sqlite3", key=SigningKey.generate(), about={})
+    ...     with ledger, RowStream(Path(home) / "rows.npz", mechanism, ledger=ledger, federation="toy", plan="hash") as stream:
     ...         update = stream.release(1, np.zeros(3, np.int64), Randomness())
     ...         stream.row, bool((stream.pending(0) == update).all()), stream.pending(1)
     (1, True, None)
     """
 
-    def __init__(self, path: Path, mechanism: Correlated, *, federation: str, plan: str) -> None:
+    def __init__(self, path: Path, mechanism: Correlated, *, ledger: Ledger, federation: str, plan: str) -> None:
         self.path = path
+        self.ledger = ledger
         self.mechanism = mechanism
         about = {"federation": federation, "plan": plan, "mechanism": asdict(mechanism)}
         self._about = json.loads(json.dumps(about))  # as it will be read back
@@ -86,29 +102,41 @@ class RowStream:
         """The mean update of a row that was formed but not applied before a crash; None when there is none.
 
         `applied` is the number of rows whose updates the caller has made durable. `LedgerError` when the file is behind it, or
-        more than one row ahead.
+        more than one row ahead, or the ledger does not name all of them.
         """
-        state = self._read()
+        state, named = self._read(), last_formed(self.ledger).round
         if state.row not in (applied, applied + 1):
             raise LedgerError(
                 f"{self.path} is at row {state.row}, the checkpoint at row {applied}: one of them is an old copy; restore the "
                 "newest of both, or a row would be released twice"
             )
+        if applied > named:
+            raise LedgerError(f"the checkpoint is at row {applied}, {self.ledger.path} names {named}: {_OLD_LEDGER}")
         if state.row == applied:
             return None
         self._make_durable()
+        if state.row > named:
+            record_formed(self.ledger, Formed.of(state.row, state.noisy))
         return self.mechanism.update(state)
 
     def release(self, row: int, total: Total, randomness: Randomness) -> NDArray[np.float64]:
-        """Form row `row` of the round's sum, make it durable, and only then return the mean update, (dimension,)."""
+        """Form row `row` of the round's sum, make it durable, name it in the ledger, and only then return the mean update.
+
+        The update is (dimension,).
+        """
         state = self._read()
-        if row != state.row + 1:
+        if row != state.row + 1 or state.row > last_formed(self.ledger).round:
             raise LedgerError(
                 f"row {row} is out of order: {self.path} is at row {state.row}; "
-                + ("it was formed already, ask for it with pending" if row == state.row else "restore the newest copy")
+                + (
+                    "it was formed already, ask for it with pending"
+                    if row == state.row
+                    else "ask for the row before with pending, or restore the newest copy"
+                )
             )
         formed = self.mechanism.step(state, total, randomness)
         self._write(formed)
+        record_formed(self.ledger, Formed.of(row, formed.noisy))
         return self.mechanism.update(formed)
 
     def close(self) -> None:
@@ -146,8 +174,21 @@ class RowStream:
     def _read(self) -> RunState:
         if self._lock < 0:
             raise LedgerError(f"{self.path} was closed: open the run again")
-        if not self.path.exists():
-            return self.mechanism.start()
+        state = self._in_file() if self.path.exists() else self.mechanism.start()
+        named = last_formed(self.ledger)
+        if state.row > named.round + 1:
+            raise LedgerError(
+                f"{self.path} is at row {state.row}, {self.ledger.path} names {named.round}: {_OLD_LEDGER}"
+            )
+        if state.row < named.round or (0 < state.row == named.round and Formed.of(state.row, state.noisy) != named):
+            raise LedgerError(
+                f"{self.path} is at row {state.row}, {self.ledger.path} names row {named.round} of hash {named.hash[:16]}: the "
+                "file is an old copy or gone; restore the newest copy of it and of the checkpoint, or a row would be released "
+                "twice"
+            )
+        return state
+
+    def _in_file(self) -> RunState:
         try:
             with np.load(self.path, allow_pickle=False) as arrays:
                 about = json.loads(str(arrays["about"]))

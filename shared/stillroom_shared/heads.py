@@ -3,9 +3,10 @@
 A coordinator shows the head of its ledger in every order, after the spend of that order was written, and in every adapter
 that it publishes. A device keeps the last one that it saw of each federation, in its own ledger.
 
-The head depends on no private data: rows name rounds, attempts and events, which follow from the plan and from what was
-released, and each holds fresh random bytes. Because of those, two histories that part never have the same hashes again,
-even where the same rounds are charged. What the coordinator learns from devices' receipts is no row of its ledger.
+The head tells nothing that is not released: rows name rounds, attempts and events, which follow from the plan and from what was
+released, and hashes of released rows; and each holds fresh random bytes. Because of those, two histories that part never have
+the same hashes again, even where the same rounds are charged. What the coordinator learns from devices' receipts is no row of
+its ledger.
 
 | a device has seen n rows | answer |
 |---|---|

@@ -333,6 +333,72 @@ def test_a_row_that_was_formed_before_a_crash_is_the_one_that_is_applied(
         assert len(coordinator.ledger.events()) == 1
 
 
+@pytest.mark.parametrize("restored", [("state.npz", "rows.npz"), ("state.npz",), ("rows.npz",)])
+@pytest.mark.parametrize("copies", ["old", "deleted"])
+def test_a_restored_checkpoint_of_a_run_of_turns_releases_nothing_again(
+    make_home: Callable[..., Path], copies: str, restored: tuple[str, ...]
+) -> None:
+    """The run was charged once, so a second version of row 3 would be paid for by nobody: their difference is its sum."""
+    home, asked = make_home(**TURNS), []
+    last = 3 if "rows.npz" in restored else 4  # a checkpoint one round behind its rows is a crash
+
+    def look(message: Message, context: Context) -> Message:
+        asked.append(read_order(message.content)[0].round)
+        return honest(0.01)(message, context)
+
+    devices: dict[str, Behaviour] = {f"d{i}": look for i in range(DEVICES)}
+    run_rounds(home, devices, rounds=2)
+    old = {name: (home / name).read_bytes() for name in restored}
+    run_rounds(home, devices, rounds=last)
+    newest = {name: (home / name).read_bytes() for name in restored}
+    for name in restored:
+        (home / name).unlink() if copies == "deleted" else (home / name).write_bytes(old[name])
+    asked.clear()
+    with pytest.raises(LedgerError, match="restore the newest"):
+        run(home, devices)
+    assert asked == []
+    for name in restored:
+        (home / name).write_bytes(newest[name])
+    run(home, devices)
+    assert set(asked) == set(range(last + 1, 6))
+
+
+def test_a_ledger_that_lacks_a_round_of_a_run_of_turns_is_refused(make_home: Callable[..., Path]) -> None:
+    """The one charge is in every copy of it, so the charge alone does not tell an old copy."""
+    for name, options in (("rows", TURNS), ("private", LOCAL)):
+        home = make_home(name, **options)
+        run_rounds(home, everybody(), rounds=2)
+        old = (home / LEDGER_FILE).read_bytes()
+        run_rounds(home, everybody(), rounds=3)
+        (home / LEDGER_FILE).write_bytes(old)
+        with pytest.raises(LedgerError, match="no charge for round 3"):
+            Coordinator(home)
+
+
+@pytest.mark.parametrize("point", ["record_formed", "save_checkpoint"])
+def test_a_private_run_goes_on_after_a_crash_and_not_after_its_checkpoint_went_back(
+    make_home: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, point: str
+) -> None:
+    """One round behind its ledger is a crash, which devices' caps cover; two were released to somebody."""
+    home = make_home(**LOCAL)
+    run_rounds(home, everybody(), rounds=1)
+    old = (home / "state.npz").read_bytes()
+    with monkeypatch.context() as patched:
+        patched.setattr(f"stillroom_server.coordinate.{point}", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run(home, everybody())
+    run_rounds(home, everybody(), rounds=3)
+    newest = (home / "state.npz").read_bytes()
+    (home / "state.npz").write_bytes(old)
+    with pytest.raises(LedgerError, match=r"released 1 rounds, .* that 3 were formed: .* restore the newest copy"):
+        run(home, everybody())
+    (home / "state.npz").unlink()
+    with pytest.raises(LedgerError, match=r"released 0 rounds, .* that 3 were formed"):
+        Coordinator(home)
+    (home / "state.npz").write_bytes(newest)
+    run(home, everybody())
+
+
 LOCAL = {
     "mechanism": "local", "rounds": 4, "sampling_rate": 1 / 2, "noise_multiplier": 2.0, "local_steps": 2, "records": 8,
     "record_rate": 0.5, "schedule": Schedule(rounds=4, separation=2, participations=2),
