@@ -40,6 +40,7 @@ from stillroom_shared.errors import BudgetError, LedgerError, LedgerLostError
 from stillroom_shared.events import Event, event_from_json, event_to_json, in_one_unit
 from stillroom_shared.files import exclusive, sync
 from stillroom_shared.signing import SigningKey, verify
+from stillroom_shared.statement import printed_epsilon
 
 RowKind = Literal["genesis", "spend", "note"]
 _GENESIS_LINK = "0" * 64
@@ -80,8 +81,9 @@ class Budget:
         cost = epsilon(counted, self.delta)
         if cost > self.epsilon:
             raise BudgetError(
-                f"{events[-1]} would bring the spend to epsilon {cost:.3f} ({unit} level, delta {self.delta:.1e}, against "
-                f"{self.adversary}): the budget is {self.epsilon:.3f}; stop here or raise the budget openly"
+                f"{events[-1]} would bring the spend to epsilon {printed_epsilon(cost)} ({unit} level, delta "
+                f"{self.delta:.1e}, against {self.adversary}): the budget is {self.epsilon:g}; stop here or raise the budget "
+                "openly"
             )
 
 

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Literal, Protocol
 
 import numpy as np
@@ -158,7 +159,7 @@ class Central:
     @property
     def sigma(self) -> int:
         """Standard deviation of the noise in grid steps, rounded up."""
-        return math.ceil(self.noise_multiplier * self.sensitivity)
+        return math.ceil(Fraction(self.noise_multiplier) * self.sensitivity)  # a product of floats can be rounded down
 
     @property
     def denominator(self) -> float:

@@ -252,7 +252,13 @@ def rounds_of(event: Event) -> int:
 
 
 def printed_epsilon(value: float) -> str:
-    """Two digits, rounded up: a guarantee is never printed better than it is."""
+    """Two digits, rounded up: a guarantee is never printed better than it is.
+
+    >>> printed_epsilon(1.0001), printed_epsilon(math.inf)
+    ('1.01', 'infinity')
+    """
+    if math.isinf(value):
+        return "infinity"
     return f"{math.ceil(value * 100) / 100:.2f}"
 
 

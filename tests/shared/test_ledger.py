@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sqlite3
 import subprocess
@@ -61,6 +62,18 @@ def test_the_budget_is_checked_before_anything_is_written(tmp_path: Path) -> Non
             ledger.spend(STEP, budget=budget, purpose={})
         assert ledger.events() == [STEP] * 2
         ledger.verify()
+
+
+@pytest.mark.parametrize("noise", [4.0, 1e-3])
+def test_a_refusal_prints_no_spend_smaller_than_it_is(noise: float) -> None:
+    """Rounded to the nearest, a spend over the budget can be printed as the budget; one without bound has to print too."""
+    step = SampledGaussian(noise_multiplier=noise, sampling_rate=1.0, sigma=2**30, dimension=10)
+    cost = epsilon([step], 1e-4)
+    with pytest.raises(BudgetError, match="to epsilon") as refused:
+        Budget(epsilon=min(cost, 50.0) - 1e-3, delta=1e-4).check([step])
+    printed = re.search(r"to epsilon (\S+) .*the budget is ([0-9.]+);", str(refused.value))
+    assert printed is not None
+    assert float(printed[1]) >= cost > float(printed[2])
 
 
 @pytest.mark.parametrize(

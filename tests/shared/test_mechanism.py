@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from fractions import Fraction
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -130,6 +133,21 @@ def test_the_norm_bit_is_part_of_the_sensitivity_and_of_the_event() -> None:
     assert mechanism.sigma >= 2.0 * mechanism.sensitivity
     assert mechanism.event().dimension == DIMENSION + 1
     assert mechanism.event().noise_multiplier == 2.0
+
+
+def test_the_noise_is_never_below_the_multiple_that_is_accounted() -> None:
+    """A product of floats that is rounded down to an integer is no product rounded up."""
+    rounded_down = 0
+    for norm_bit in (0.0, 0.1, 0.5):
+        sensitivity = central(norm_bit=norm_bit).sensitivity
+        for number in range(1, 3_001):
+            multiplier = (
+                sensitivity + 12_345 * number
+            ) / sensitivity  # its product is an integer, but for a rounding error
+            exact = Fraction(multiplier) * sensitivity
+            assert exact <= central(norm_bit=norm_bit, noise_multiplier=multiplier).sigma < exact + 1
+            rounded_down += math.ceil(multiplier * sensitivity) < exact
+    assert rounded_down > 100, "no product was rounded down: the test would pass for floats"
 
 
 def test_a_larger_norm_bit_is_not_admitted() -> None:
