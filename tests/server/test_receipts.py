@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import sqlite3
 from pathlib import Path
 
@@ -44,6 +46,27 @@ def test_a_reply_that_was_lost_locks_nobody_out(tmp_path: Path) -> None:
     book.admit("d", shown(1))
     book.admit("d", shown(1, 2, 3))
     assert kept(book) == [1, 2, 3]
+
+
+def _answered_and_killed(home: Path) -> None:
+    with ReceiptBook(home, federation="f").round({Attempt(2, 1): STEP}) as admits:
+        if admits("d", shown(1, 2)) and not admits("e", b"{"):
+            os._exit(9)
+
+
+def test_a_receipt_is_kept_when_its_round_comes_to_no_end(tmp_path: Path) -> None:
+    """A device that answered, and whose ledger goes back after the coordinator crashed, would spend again unnoticed."""
+    dying = multiprocessing.get_context("fork").Process(target=_answered_and_killed, args=(tmp_path,))
+    dying.start()
+    dying.join(20)
+    assert dying.exitcode == 9
+    book, another = ReceiptBook(tmp_path, federation="f"), ReceiptBook(tmp_path, federation="f")
+    assert kept(book) == [1, 2]
+    assert list(book.refused()) == ["e"]
+    with book.round({Attempt(2, 2): STEP}) as admits:
+        assert not admits("d", shown(2))
+        another.admit("g", shown(1, device="g"))  # nobody is locked out while replies are awaited
+        assert "it lacks round 1 attempt 1" in another.refused()["d"], "it is not on disk when its update is left out"
 
 
 def test_after_the_replay_the_device_is_admitted_again(tmp_path: Path) -> None:

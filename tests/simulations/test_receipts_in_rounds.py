@@ -176,6 +176,32 @@ def test_a_restored_backup_counts_zero_until_it_is_replayed(make: Callable[[str]
     assert "refused" not in command("audit", "ledger", here.home).stdout
 
 
+class _Crash(BaseException):
+    """The coordinator ends here."""
+
+
+class _Crashing(Fixed):
+    def update(self, home: Path, order: RoundOrder, adapter: Adapter) -> np.ndarray:
+        if home.name == "d2":
+            raise _Crash
+        return super().update(home, order, adapter)
+
+
+def test_a_backup_is_noticed_although_the_coordinator_crashed_in_the_round_that_it_lacks(
+    make: Callable[[str], Federation], tmp_path: Path
+) -> None:
+    """The device answered and may have been seen; a receipt that is lost with the round would let it spend that again."""
+    here = make("here")
+    here.run(until=1)
+    shutil.copy(here.ledger, tmp_path / "backup")
+    with pytest.raises(_Crash):
+        here.run(until=2, source=_Crashing())
+    assert here.joined() == [1, 2]
+    shutil.copy(tmp_path / "backup", here.ledger)
+    here.run(until=2)
+    assert "it lacks round 2 attempt 1" in here.refused[TAKEN]
+
+
 def test_what_is_refused_moves_nothing_and_what_counts_moves_by_one_update(
     make: Callable[[str], Federation], tmp_path: Path
 ) -> None:
