@@ -274,6 +274,10 @@ def bench_privacy(
     data: Annotated[
         list[Path] | None, typer.Option(help="A BEIR-layout folder to measure on too; may be repeated.")
     ] = None,
+    silos: Annotated[
+        list[Path] | None,
+        typer.Option(help="Another, whose owners are one device each, under local only; may be repeated."),
+    ] = None,
     families: Annotated[
         str, typer.Option(help="Which to measure, comma-separated.")
     ] = "central,correlated,turns,local",
@@ -295,9 +299,16 @@ def bench_privacy(
     from stillroom_simulations.utility import bench_privacy as measure
 
     settings = load_settings(None, {"corpus.scale": scale} | _pairs(changes or []))
+    given = {"seeds": [seeds], "data": data or [], "silos": silos or [], "families": [families], "scale": [scale]}
+    words = [
+        f"--{name} {value.name if isinstance(value, Path) else value}"
+        for name, values in given.items()
+        for value in values
+    ]
     measure(
-        settings, seeds=_numbers(seeds), data=data or [], families=families.split(","), folder=folder, out=out, chart=chart,
-        console=Console(highlight=False),
+        settings, seeds=_numbers(seeds), data=data or [], silos=silos or [], families=families.split(","), folder=folder,
+        out=out, chart=chart, console=Console(highlight=False),
+        command=" ".join(["stillroom bench privacy", *words, *(f"--set {change}" for change in changes or [])]),
     )  # fmt: skip
 
 

@@ -15,6 +15,9 @@ The non-private arm is unclipped and has its own settings. A goal holds when the
 | `central-E` | user | a Poisson sample, which readers of releases do not know |
 | `correlated-E`, `turns-E` | user | whose turn it is: nothing is amplified; noise correlated over rounds, or drawn afresh |
 | `local-E` | query | whose turn it is; the noise is the device's own |
+
+With silos every owner of a corpus is one device that holds all its passages and asks thousands of queries, as a hospital or a
+publisher would: few of them, so nothing is promised about a whole one, and `local` is the only family.
 """
 
 from __future__ import annotations
@@ -62,6 +65,13 @@ _CHANGES: Mapping[str, Mapping[str, object]] = {
     "turns": {"mechanism": "correlated", "bands": 1},
     "local": {"mechanism": "local"},
 }
+_SILOS = {"separation": 1, "records": 3_072, "record_rate": 0.25}
+"""Rounds of silos: all of them in each, and room for the queries of the largest."""
+_EMPTY_PLACES = 4.0
+"""Of those places hardly a quarter holds a query, and the mean is over all: the server's step makes up for it."""
+_SILOS_IN_A_ROUND = 0.3
+"""Chance of a silo to be in a round of the non-private arm, which trains on all of its queries at once."""
+
 _STAGES = ("corpus", "teacher", "distil", "release", "devices")
 _FORECAST = {"corpus": 5.0, "teacher": 550.0, "distil": 450.0, "release": 15.0, "devices": 420.0}
 _SECONDS_OF_AN_ARM = 120.0
@@ -106,8 +116,16 @@ def bench_privacy(
     out: Path,
     chart: Path,
     console: Console,
+    silos: Sequence[Path] = (),
+    command: str = "stillroom bench privacy",
 ) -> None:
-    """Run or resume every arm of every seed on the docstrings and on each folder of `data`; write figures and chart."""
+    """Run or resume every arm of every seed; write figures and chart.
+
+    Args:
+        data: folders to measure on beside the docstrings.
+        silos: folders whose owners are one device each; `local` only.
+        command: what was asked for, as the benchmark file says it.
+    """
     keep_freed_memory()
     torch.set_num_threads(settings.speed.threads)
     by_corpus: dict[str, list[Outcomes]] = {}
@@ -115,16 +133,21 @@ def bench_privacy(
     for seed in seeds:
         own = settings.model_copy(update={"seed": seed, "distil": settings.distil.model_copy(update={"seed": seed})})
         origin = folder / f"seed-{seed}"
-        runs = [DemoRun(own, origin)]
+        runs = {"": (DemoRun(own, origin), families)}
         for source in data:
-            corpus = own.corpus.model_copy(update={"data": source, "start_from": origin})
-            runs.append(DemoRun(own.model_copy(update={"corpus": corpus}), folder / f"{source.name}-seed-{seed}"))
-        for run in runs:
+            run = DemoRun(_elsewhere(own, source, origin), folder / f"{source.name}-seed-{seed}")
+            runs[source.name] = (run, families)
+        for source in silos:
+            apart = _as_silos(_elsewhere(own, source, origin))
+            run = DemoRun(apart, folder / f"{source.name}-silos-seed-{seed}")
+            runs[f"{source.name}, silos"] = (run, [family for family in families if family == "local"])
+        for called, (run, wanted) in runs.items():
             console.print(f"{run.out}", markup=False)
-            name, found = run_arms(run, arms(settings, families), console)
-            by_corpus.setdefault(name, []).append(found)
-            corpora[name] = describe(run)
+            name, found = run_arms(run, arms(run.settings, wanted), console)
+            by_corpus.setdefault(called or name, []).append(found)
+            corpora[called or name] = describe(run)
     content = benchmark(by_corpus, corpora, seeds) | {
+        "command": command,
         "commit": commit(),
         "machine": machine(settings.speed.threads),
         "versions": versions(),
@@ -133,6 +156,25 @@ def bench_privacy(
     out.write_text(json.dumps(content, indent=1) + "\n")
     chart.parent.mkdir(parents=True, exist_ok=True)
     chart.write_text(utility_chart_svg(content))
+
+
+def _elsewhere(settings: Settings, source: Path, origin: Path) -> Settings:
+    """On the texts of `source`, from the release of the run in `origin`."""
+    return settings.model_copy(
+        update={"corpus": settings.corpus.model_copy(update={"data": source, "start_from": origin})}
+    )
+
+
+def _as_silos(settings: Settings) -> Settings:
+    """Every owner one device, and rounds that suit a few large ones."""
+    step = settings.rounds.server_learning_rate * _EMPTY_PLACES
+    return settings.model_copy(
+        update={
+            "population": settings.population.model_copy(update={"silos": True}),
+            "rounds": settings.rounds.model_copy(update=_SILOS | {"server_learning_rate": step}),
+            "nonprivate": settings.nonprivate.model_copy(update={"sampling_rate": _SILOS_IN_A_ROUND}),
+        }
+    )
 
 
 def run_arms(run: DemoRun, wanted: Mapping[str, RoundsSettings], console: Console) -> tuple[str, Outcomes]:
@@ -204,7 +246,6 @@ def benchmark(
             spent[f"{corpus}.{name}"] = _spent(outcome.statement)
     return {
         "name": "privacy",
-        "command": f"stillroom bench privacy --seeds {','.join(map(str, seeds))}",
         "corpora": {name: dict(about) for name, about in corpora.items()},
         "seeds": list(seeds),
         "privacy": spent,

@@ -141,18 +141,21 @@ def test_a_bench_on_two_corpora_is_measured_drawn_and_resumed(
     def run() -> str:
         shown = Console(file=io.StringIO(), width=100)
         bench_privacy(
-            load_settings(None, small), seeds=[0], data=[other], families=["central", "turns", "local"],
-            folder=tmp_path / "runs", out=out, chart=chart, console=shown,
+            load_settings(None, small), seeds=[0], data=[], silos=[other], families=["central", "turns", "local"],
+            folder=tmp_path / "runs", out=out, chart=chart, console=shown, command="stillroom bench privacy --seeds 0",
         )  # fmt: skip
         assert isinstance(shown.file, io.StringIO)
         return shown.file.getvalue()
 
     first = run()
     made = json.loads(out.read_text())
-    assert set(made["corpora"]) == {"texts", "others"}
-    assert made["corpora"]["others"]["starts_from_another_corpus"]
-    assert not (tmp_path / "runs" / "others-seed-0" / "student").exists()
-    assert {name.rpartition(".")[2] for name in made["privacy"]} == {"central-8", "turns-8", "local-8"}
+    assert set(made["corpora"]) == {"texts", "others, silos"}
+    assert made["command"] == "stillroom bench privacy --seeds 0"
+    apart = made["corpora"]["others, silos"]
+    assert apart["starts_from_another_corpus"] and apart["devices"] == 3 < made["corpora"]["texts"]["devices"]
+    assert not (tmp_path / "runs" / "others-silos-seed-0" / "student").exists()
+    measured = {"texts": ["central-8", "turns-8", "local-8"], "others, silos": ["local-8"]}
+    assert set(made["privacy"]) == {f"{on}.{arm}" for on, arms in measured.items() for arm in arms}
     for name, spent in made["privacy"].items():
         assert 0 < spent["epsilon"] <= 8, name
         assert spent["unit"] == ("query" if "local" in name else "user")
