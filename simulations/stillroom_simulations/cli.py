@@ -300,11 +300,7 @@ def bench_privacy(
 
     settings = load_settings(None, {"corpus.scale": scale} | _pairs(changes or []))
     given = {"seeds": [seeds], "data": data or [], "silos": silos or [], "families": [families], "scale": [scale]}
-    words = [
-        f"--{name} {value.name if isinstance(value, Path) else value}"
-        for name, values in given.items()
-        for value in values
-    ]
+    words = [f"--{name} {getattr(value, 'name', value)}" for name, values in given.items() for value in values]
     measure(
         settings, seeds=_numbers(seeds), data=data or [], silos=silos or [], families=families.split(","), folder=folder,
         out=out, chart=chart, console=Console(highlight=False),

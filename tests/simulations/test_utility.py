@@ -64,7 +64,7 @@ def content(survives: dict[str, float]) -> dict[str, Any]:
         "devices": 850,
     }
     made = benchmark({"toy": [outcomes(seed, survives=survives) for seed in range(3)]}, {"toy": about}, [0, 1, 2])
-    return made | {"commit": "abc1234"}
+    return made | {"commit": "abc1234", "command": "stillroom bench privacy"}
 
 
 def test_arms_differ_by_mechanism_and_epsilon_alone() -> None:
