@@ -41,9 +41,10 @@ def tuning(
     rounds: Annotated[int, typer.Option(help="Rounds of one trial.")] = 15,
     sampling_rate: Annotated[float, typer.Option(help="Chance of a device to be in a round's cohort.")] = 0.2,
     noise_multiplier: Annotated[float, typer.Option(help="Noise standard deviation / sensitivity of a round.")] = 2.0,
-    evaluation_noise: Annotated[float, typer.Option(help="The same of the evaluation that scores a trial.")] = 10.0,
+    evaluation_noise: Annotated[float, typer.Option(help="The same of the evaluation that scores a trial.")] = 2.0,
     delta: Annotated[float | None, typer.Option(help="Of the guarantee.  [default: 1 / (10 x devices)]")] = None,
     trials: Annotated[str, typer.Option(help="Mean numbers of trials, comma-separated.")] = "2,5,10,20",
+    retries: Annotated[int, typer.Option(help="Interruptions within a trial that are paid for beforehand.")] = 1,
     target_epsilon: Annotated[
         float | None, typer.Option(help="Also print the least noise at which each whole search meets it.")
     ] = None,
@@ -57,6 +58,7 @@ def tuning(
     typer.echo(
         plan_tuning(
             devices=devices, rounds=rounds, sampling_rate=sampling_rate, noise_multiplier=noise_multiplier,
-            evaluation_noise=evaluation_noise, delta=delta, trials=trials, target_epsilon=target_epsilon,
+            evaluation_noise=evaluation_noise, delta=delta, trials=trials, retries=retries,
+            target_epsilon=target_epsilon,
         )
     )  # fmt: skip

@@ -3,8 +3,8 @@
 | figure | counts | holds |
 |---|---|---|
 | one trial | a single trial that was fixed beforehand | only where nothing was searched for |
-| the search | the best of a random, hidden number of trials | against readers of releases |
-| every trial | as many trials as the mean, all seen, plain composition | where all outcomes are published, or their number is |
+| the search | the best of a random, hidden number of trials, and reserved retries | against readers of releases |
+| every trial | as many trials as the mean, all seen, and reserved retries | where all outcomes, or their number, are public |
 | uncharged | what is written when the search is left out | never: labelled wrong wherever it is shown |
 """
 
@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from stillroom_shared.accounting import AccountantName, epsilon, least_multiplier
+from stillroom_shared.comparison import Comparison
 from stillroom_shared.errors import BudgetError, SettingsError
 from stillroom_shared.events import Event, selection_of
 from stillroom_shared.mechanism import Central
@@ -34,9 +35,9 @@ class SearchCost:
     """Epsilons at one delta, user level, against readers of releases; infinity where nothing can be certified.
 
     Attributes:
-        one_trial: of the dearest candidate, by PLD.
-        search: of the best of a random number of trials, by Renyi DP.
-        every_trial: of as many trials as the mean, rounded up, of the dearest candidate, by PLD.
+        one_trial: of the dearest candidate, by PLD; without a retry.
+        search: of the best of a random number of trials and what is charged beside it, by Renyi DP.
+        every_trial: of as many trials as the mean, rounded up, of the dearest candidate, and the same beside, by PLD.
     """
 
     repetitions: Repetitions
@@ -45,8 +46,10 @@ class SearchCost:
     every_trial: float
 
 
-def search_cost(candidates: CandidateEvents, repetitions: Repetitions, delta: float) -> SearchCost:
-    """What trying these candidates costs, by each way of counting.
+def search_cost(
+    candidates: CandidateEvents, repetitions: Repetitions, delta: float, *, beside: Sequence[Event] = ()
+) -> SearchCost:
+    """What trying these candidates costs, by each way of counting. `beside`: reserved retries, charged used or not.
 
     >>> from stillroom_shared.events import SampledGaussian
     >>> step = SampledGaussian(noise_multiplier=4.0, sampling_rate=0.2, sigma=2**30, dimension=9_216)
@@ -58,8 +61,8 @@ def search_cost(candidates: CandidateEvents, repetitions: Repetitions, delta: fl
     return SearchCost(
         repetitions=repetitions,
         one_trial=max(epsilon(events, delta) for events in candidates),
-        search=epsilon([selection_of(candidates, repetitions)], delta),
-        every_trial=max(epsilon([*events] * times, delta) for events in candidates),
+        search=epsilon([*beside, selection_of(candidates, repetitions)], delta),
+        every_trial=max(epsilon([*[*events] * times, *beside], delta) for events in candidates),
     )
 
 
@@ -121,8 +124,8 @@ def planning_table(costs: Sequence[SearchCost], delta: float) -> str:
     lines += [
         "",
         "one trial    settings fixed beforehand, nothing searched for",
-        "the search   the best of a random, hidden number of trials; Renyi DP (arXiv 2110.03620)",
-        "every trial  as many trials as the mean, all of them seen: plain composition",
+        "the search   the best of a random, hidden number of trials, and reserved retries; Renyi DP (arXiv 2110.03620)",
+        "every trial  as many trials as the mean, all of them seen, and reserved retries: plain composition",
         "uncharged    what a search that is not charged for would claim; it does not hold",
     ]
     return "\n".join(lines)
@@ -137,9 +140,12 @@ def plan_tuning(
     evaluation_noise: float,
     delta: float | None,
     trials: str,
+    retries: int,
     target_epsilon: float | None,
 ) -> str:
     """The page of `stillroom plan tuning`: rounds under `central`, evaluated once by every device.
+
+    A retry is a round and an evaluation, as `stillroom tune` reserves them.
 
     Raises `SettingsError` or `BudgetError` for numbers that cannot be.
     """
@@ -149,24 +155,34 @@ def plan_tuning(
     except ValueError:
         raise SettingsError(f"--trials {trials!r} is no list of numbers: write it as 2,5,10") from None
 
-    def trial(noise: float) -> list[list[Event]]:
-        step = Central(
+    if retries < 0 or rounds < 1:
+        raise SettingsError(f"--retries {retries} --rounds {rounds}: choose at least 0 retries, and at least 1 round")
+    judged = Comparison(bound=1.0, noise_multiplier=evaluation_noise, sampling_rate=1.0, devices=devices)
+    score = judged.mechanism.event()
+
+    def step(noise: float) -> Event:
+        return Central(
             clip_norm=1.0, noise_multiplier=noise, sampling_rate=sampling_rate, devices=devices, dimension=_DIMENSION
-        )
-        score = Central(
-            clip_norm=1.0, noise_multiplier=evaluation_noise, sampling_rate=1.0, devices=devices, dimension=1
-        )
-        return [[*[step.event()] * rounds, score.event()]]
+        ).event()
+
+    def trial(noise: float) -> list[list[Event]]:
+        return [[*[step(noise)] * rounds, score]]
+
+    def reserved(noise: float) -> list[Event]:
+        return [step(noise), score] * retries
 
     drawn = [repetitions_of(kind, mean, shape=shape) for mean in means for kind, shape in _SHOWN]
-    page = planning_table([search_cost(trial(noise_multiplier), own, at) for own in drawn], at)
+    beside = reserved(noise_multiplier)
+    page = planning_table([search_cost(trial(noise_multiplier), own, at, beside=beside) for own in drawn], at)
     if target_epsilon is None:
         return page
     lines = [page, "", f"least noise multiplier of a round at which the whole search costs epsilon {target_epsilon:g}"]
     lines[-1] += f" (user level, delta {at:.1e}, against {READERS}; against the coordinator: none)"
     for own in drawn:
         try:
-            noise = calibrate_search(target_epsilon=target_epsilon, delta=at, repetitions=own, candidates=trial)
+            noise = calibrate_search(
+                target_epsilon=target_epsilon, delta=at, repetitions=own, candidates=trial, beside=reserved
+            )
             lines.append(f"{own.words:<42} {noise:>10.3f}")
         except BudgetError as error:
             lines.append(f"{own.words:<42} {'none':>10}  {error}")

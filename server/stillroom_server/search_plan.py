@@ -31,7 +31,8 @@ class SearchPlan(BaseModel):
     Attributes:
         search: its name.
         candidates: the public list that trials are drawn from, with replacement and alike.
-        base: what candidates change, whole: settings that differ between two runs of one search would escape its charge.
+        base: everything else that the cost or the outcome of a trial follows from, whole: rounds, evaluation, release,
+            devices. What differs between two runs of one search would escape its charge.
         distribution, mean_trials, shape: of the number of trials; the shape is that of the negative binomial.
         retries: how many interruptions within a trial are paid for beforehand.
         budget_epsilon: the most that the search may cost, user level, at `delta`, against readers of releases.

@@ -42,6 +42,9 @@ AccountantName = Literal["PLD", "RDP"]
 # Orders near 1 do not converge for Poisson sampling at small noise; a dense grid up to 12 decides everything else.
 _RDP_ORDERS = [2 + step / 20 for step in range(200)] + list(range(12, 65)) + [128, 256, 512, 1024]
 
+_LEAST_DIVERGENCE = 1e-15
+"""A larger bound is a bound too; of one that is lost beside 1 the library takes the logarithm of zero."""
+
 _SHARE_OF_TAILS = 0.01
 """Of delta: for searches that make more trials than are counted, where every trial is seen."""
 
@@ -185,7 +188,8 @@ def _dearest(trials: Iterable[Trial]) -> NDArray[np.float64]:
 @lru_cache(maxsize=1024)
 def _renyi(counts: Trial) -> NDArray[np.float64]:
     """Renyi divergence of these events together, in either direction of add-or-remove, at each of `_RDP_ORDERS`."""
-    return np.array(_compose(counts, "RDP")._rdp, np.float64)  # the library composes them, and shows epsilons only
+    # The library composes them, and shows epsilons only; rounded, hardly anything may come out below 0, which it then refuses.
+    return np.maximum(np.array(_compose(counts, "RDP")._rdp, np.float64), _LEAST_DIVERGENCE)
 
 
 def _compose(counts: Trial, accountant: AccountantName) -> Any:

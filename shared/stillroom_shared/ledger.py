@@ -252,9 +252,14 @@ class Ledger:
         with self._writing():
             return self._replay(note, spends)
 
-    def record(self, note: dict[str, Any]) -> Row:
-        """Append something that costs nothing: a release's hash, a refusal."""
+    def record(self, note: dict[str, Any], *, allowed: Callable[[list[dict[str, Any]]], None] | None = None) -> Row:
+        """Append something that costs nothing: a release's hash, a refusal.
+
+        `allowed` sees all earlier notes and raises to refuse, inside the write transaction, as in `spend`.
+        """
         with self._writing():
+            if allowed is not None:
+                allowed([row.fields for row in self.rows() if row.kind == "note"])
             return self._append("note", note)
 
     def rows(self) -> list[Row]:

@@ -127,7 +127,6 @@ def tune(
     shape: Annotated[float, typer.Option(help="Of the negative binomial; 0: logarithmic, 1: geometric.")] = 0.0,
     retries: Annotated[int, typer.Option(help="Interruptions within a trial that are paid for beforehand.")] = 1,
     budget: Annotated[float, typer.Option(help="Most epsilon of the search, against readers of releases.")] = 8.0,
-    evaluation_noise: Annotated[float, typer.Option(help="Noise multiplier of the score of a trial.")] = 10.0,
     settings: Annotated[
         Path | None, typer.Option(envvar="STILLROOM_SETTINGS", help="A TOML file; docs/settings.md lists its keys.")
     ] = None,
@@ -140,14 +139,15 @@ def tune(
     logging.getLogger("absl").setLevel(logging.ERROR)  # orders at which a Renyi series does not converge are left out
     from stillroom_server.search_costs import planning_table
     from stillroom_shared.settings import load_settings
-    from stillroom_simulations.tuning import Tuning, open_tuning, prepare_tuning, tuning_cost
+    from stillroom_simulations.tuning import Tuning, open_tuning, prepare_tuning, trial_words, tuning_cost
 
     asked = Tuning(
         choices=candidates, distribution=distribution, mean_trials=trials, shape=shape, retries=retries,
-        budget_epsilon=budget, evaluation_noise=evaluation_noise,
+        budget_epsilon=budget,
     )  # fmt: skip
     made = prepare_tuning(load_settings(settings, _pairs(changes or [])), folder, home or folder / "search", asked)
-    typer.echo(planning_table([tuning_cost(made)], made.plan.delta) + "\n")
+    typer.echo(planning_table([tuning_cost(made)], made.plan.delta))
+    typer.echo(f"\n{trial_words(made)}\n")
     with open_tuning(made) as search:
         sealed = search.run(lambda done, drawn: typer.echo(f"trial {done} of {drawn} is finished"))
         best = search.best

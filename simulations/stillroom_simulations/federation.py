@@ -45,6 +45,10 @@ _FIRST_NODE = 2
 """Flower keeps node ids 0 and 1 for itself."""
 
 
+class SilentDevicesError(StillroomError):
+    """Simulated devices declined or failed, and sent zero: figures are not what they seem."""
+
+
 class BatchedUpdates:
     """Updates for a block of devices from one batched pass; each is handed out once.
 
@@ -264,7 +268,7 @@ def run_federation(
     run_server_app(server_app(on_round), grid)
     # A device that fails sends zero, in a simulation too: figures would only be a little worse, and nobody would know why.
     if grid.failures or updates.unclaimed:
-        raise StillroomError(
+        raise SilentDevicesError(
             f"{grid.failures} client apps failed and {len(updates.unclaimed)} devices sent zero in {home}, first "
             f"{updates.unclaimed[:1]}: see the log above; the figures would be wrong"
         )

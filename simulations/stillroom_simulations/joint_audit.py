@@ -8,7 +8,8 @@ still sound: it holds for a device in all of them, and others paid less.
 |---|---|
 | anything that `stillroom_simulations.audit` finds in one of the ledgers | the same checks |
 | a search whose trials released more than it was charged for | the trials' own ledgers |
-| a trial that was not drawn, or that was drawn and ran under another search | the row of the draw |
+| a trial that was not drawn, or that ran with other settings than it drew | the row of the draw, the trial's own plan |
+| trials that were charged for as if they cost something else | the search's plan, computed again |
 | a sealed outcome that is not the best trial's, or that claims less than the search cost | its bytes, its statement |
 | one ledger given twice, or a copy of it | its first row |
 | a trial given without its search: it costs what the search costs | its plan |
@@ -26,10 +27,10 @@ from pydantic import ValidationError
 
 from stillroom_server.plan import Plan
 from stillroom_server.search import LEDGER_FILE, SELECTED_FOLDER, TRIALS_FOLDER, best_of, notes
-from stillroom_server.search_plan import PLAN_FILE, SearchPlan
+from stillroom_server.search_plan import PLAN_FILE, Candidate, SearchPlan
 from stillroom_shared.accounting import accountant_for, epsilon
 from stillroom_shared.errors import LedgerError, SettingsError, StillroomError
-from stillroom_shared.events import Event, Selection, Unit, Unprotected, in_one_unit
+from stillroom_shared.events import Event, Selection, Unit, Unprotected, in_one_unit, selection_of
 from stillroom_shared.ledger import Ledger, Row
 from stillroom_shared.release import ADAPTER_NAME, AdapterManifest
 from stillroom_shared.sealed import open_sealed
@@ -136,8 +137,13 @@ def audit_search(home: Path, *, public_key: str | None = None, head: str | None 
         raise LedgerError(
             f"{home} was drawn {len(drawn)} times, for {len(searches)} charges of its plan: it may be once"
         )
-    count = len(drawn[0]) if drawn else 0
-    observed = _trials(home, plan, count, {note["trial"] for note in begun}, events, key=str(rows[0].fields["key"]))
+    draw = [int(index) for own in drawn for index in own]
+    if not set(draw) <= set(range(len(plan.candidates))):
+        raise LedgerError(
+            f"{home} drew {draw}, of {len(plan.candidates)} candidates: its plan is not the one it drew from"
+        )
+    count = len(draw)
+    observed = _trials(home, plan, draw, {note["trial"] for note in begun}, events, key=str(rows[0].fields["key"]))
     made = plan.statement(events)
     _check_sealed(home, made, finished, count, rows)
     return Spent(
@@ -176,14 +182,14 @@ def _spent(path: Path, public_key: str | None) -> Spent:
 
 
 def _trials(
-    home: Path, plan: SearchPlan, count: int, begun: set[int], charged: Sequence[Event], *, key: str
+    home: Path, plan: SearchPlan, drawn: Sequence[int], begun: set[int], charged: Sequence[Event], *, key: str
 ) -> list[Event]:
-    """What observers of the trials saw, each ledger verified; no trial may have released more than was charged for."""
+    """What observers of the trials saw, each ledger verified: each ran what it drew, and no more than was charged for."""
     searches = [event for event in charged if isinstance(event, Selection)]
     reserved: Counter[Event] = Counter(event for event in charged if not isinstance(event, Selection))
     observed: list[Event] = []
     folders = {path.name: path for path in sorted((home / TRIALS_FOLDER).glob("*")) if path.is_dir()}
-    known = {f"{number:04d}" for number in begun if number <= count}
+    known = {f"{number:04d}" for number in begun if number <= len(drawn)}
     if strange := sorted(set(folders) - known):
         raise LedgerError(
             f"{folders[strange[0]]} is no trial that {home / LEDGER_FILE} drew and began: what was seen is unknown"
@@ -193,12 +199,12 @@ def _trials(
             continue  # it began and was not charged for yet
         path = home / TRIALS_FOLDER / name
         audit_ledger(path, public_key=key)
-        if Plan.load(path).trial_of != plan.search:
-            raise LedgerError(f"{path} ran as {Plan.load(path).trial_of!r}, not as a trial of {plan.search!r}")
+        due = _drawn_events(path, plan, int(name), plan.candidates[drawn[int(name) - 1]])
+        if any(selection_of([due], search.repetitions).trials[0] not in search.trials for search in searches):
+            raise LedgerError(f"{path} is a trial that releases {due[0]} and more, which {home} was not charged for")
         with Ledger.open(path / LEDGER_FILE) as ledger:
             events = ledger.events()
-        paid: list[Counter[Event]] = [Counter(dict(trial)) for search in searches for trial in search.trials]
-        beyond = min((Counter(events) - own for own in paid), key=lambda excess: sum(excess.values()))
+        beyond = Counter(events) - Counter(due)
         if beyond - reserved:
             raise LedgerError(
                 f"{path} released {next(iter(beyond - reserved))}, which the search neither charged nor reserved: its "
@@ -207,6 +213,23 @@ def _trials(
         reserved -= beyond
         observed += _unsampled(events)
     return observed
+
+
+def _drawn_events(path: Path, search: SearchPlan, number: int, candidate: Candidate) -> list[Event]:
+    """What a trial may release, after its plan was found to be what the candidate makes of the search's plan."""
+    # Loads torch, which the audit of a federation need not wait for.
+    from stillroom_simulations.trial_plan import TrialBase, names_hash
+
+    base, found = TrialBase.of(search), Plan.load(path)
+    due = base.plan(search, candidate, number, enrolled=found.enrolled, release_folder=found.release_folder)
+    told, ran = due.model_dump(), found.model_dump()
+    if names_hash(found.enrolled) != base.devices:
+        raise LedgerError(f"{path} enrolled other devices than the search {search.search!r} was charged for")
+    if other := [f"{name} {ran[name]} in place of {told[name]}" for name in told if ran[name] != told[name]]:
+        raise LedgerError(
+            f"{path} is not the trial {number} of {search.search!r} that was drawn, {dict(candidate)}: it has {other[0]}"
+        )
+    return base.events(due)
 
 
 def _check_sealed(

@@ -6,8 +6,10 @@ deployed device runs; only the encoder's weights are shared.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+
+from flwr.app import Context, Message
 
 from stillroom_client.app import HOME_KEY as DEVICE_HOME
 from stillroom_client.app import client_app
@@ -21,7 +23,7 @@ from stillroom_server.evaluation import evaluation_app, next_evaluation
 from stillroom_server.verdict import Evaluation, Policy
 from stillroom_shared.adapter import Adapter
 from stillroom_shared.errors import ProtocolError, SettingsError
-from stillroom_shared.protocol import EvaluationOrder
+from stillroom_shared.protocol import EVALUATE, EvaluationOrder
 from stillroom_shared.release import Release
 from stillroom_simulations.engine import InProcessGrid, run_server_app
 
@@ -33,7 +35,8 @@ ProgressBar = Callable[[int, int], None]
 class SharedScores:
     """Scores of many simulated devices through one encoder; calls `progress` after each device.
 
-    `said` counts devices that had something to say. A coordinator never learns that; whoever runs a simulation may.
+    `said` counts devices that had something to say, `silent` those that declined or failed. A coordinator learns neither;
+    whoever runs a simulation may.
     """
 
     def __init__(self, release: Release, expected: int, progress: ProgressBar, *, threads: int = 1) -> None:
@@ -42,6 +45,16 @@ class SharedScores:
         self._expected = expected
         self._progress = progress
         self.asked = self.said = 0
+        self._reached = 0
+
+    def prepare(self, block: Sequence[tuple[Message, Context]]) -> None:
+        """Count the devices that an evaluation reaches; for the grid to call."""
+        self._reached += sum(message.metadata.message_type == EVALUATE for message, _ in block)
+
+    @property
+    def silent(self) -> int:
+        """Devices that an evaluation reached and that did not score: they declined or failed, and sent zeros."""
+        return self._reached - self.asked
 
     def check(self, home: Path, order: EvaluationOrder) -> None:
         """Refuse an evaluation for another release than the simulated devices hold."""
@@ -73,17 +86,26 @@ def evaluate_simulated(
         raise SettingsError(f"{home} is no coordinator's home: name the folder that holds its plan and ledger")
     with Coordinator(home) as coordinator:
         next_evaluation(coordinator)
-        release, enrolled = coordinator.release, set(coordinator.plan.enrolled)
-        expected = round(coordinator.plan.evaluation_rate * len(enrolled))
+        enrolled = set(coordinator.plan.enrolled)
     homes = sorted(path.parent for path in devices.glob(f"*/{IDENTITY_NAME}"))
     homes = [path for path in homes if Device.name_of(path) in enrolled]
     if not homes:
         raise SettingsError(f"{devices} holds no home of an enrolled device: name the folder of their homes")
-    scores = SharedScores(release, expected, progress)
+    return evaluate_homes(home, homes, policy, progress=progress)
+
+
+def evaluate_homes(
+    home: Path, homes: Sequence[Path], policy: Policy, *, progress: ProgressBar = lambda done, total: None
+) -> tuple[Evaluation, SharedScores]:
+    """The same on these homes of devices."""
+    with Coordinator(home) as coordinator:
+        release, plan = coordinator.release, coordinator.plan
+    scores = SharedScores(release, round(plan.evaluation_rate * len(plan.enrolled)), progress)
     grid = InProcessGrid(
         client_app=client_app(scores=scores),
         nodes={number: {DEVICE_HOME: str(path)} for number, path in enumerate(homes, start=_FIRST_NODE)},
         run_config={COORDINATOR_HOME: str(home)},
+        prepare=scores.prepare,
     )
     results: list[Evaluation] = []
     run_server_app(evaluation_app(policy, results.append), grid)

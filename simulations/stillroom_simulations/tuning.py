@@ -1,82 +1,51 @@
 """`stillroom tune`: a private search over the settings of rounds, on the devices of a demo.
 
 Each trial is a federation of its own (plan, ledger, checkpoint) in `trials/NUMBER` of the search's home, through the real
-apps, and marked as a trial: what it seals promises nothing by itself. `stillroom_server.search` charges, draws and selects.
-
-The score is a private release too. `RankScore` stands where rounds of evaluation over the network will: it computes each
-device's own score from what that device holds, sums them through `Central`, and does not appear on the devices' ledgers.
+apps, and marked as a trial: what it seals promises nothing by itself. Its score is that of a private evaluation
+(`stillroom_server.evaluation`) at its end: the noisy mean, over devices, of how much better the trial's adapter finds what
+their held-back queries opened than the release alone. Devices record it like the rounds, and hold back the same queries in
+every trial. `stillroom_server.search` charges, draws and selects; `trial_plan.py` says what a trial costs.
 
 | what | goes wrong as |
 |---|---|
-| a device sends zero, because it declines or fails | `StillroomError`: trials would no longer be alike |
-| a candidate changes something that is not about rounds | `SettingsError` |
+| a device sends zero, because it declines or fails | `SilentDevicesError`, now and at every later start: trials are not alike |
+| `evaluation.held_back` is 0, as by default | a trial has to be scored: `HELD_BACK` is taken |
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Protocol
 
-import numpy as np
-
-from stillroom_client.training import Record, Trainer, native_bfloat16
+from stillroom_client.training import Trainer, native_bfloat16
 from stillroom_server.coordinate import Coordinator
 from stillroom_server.plan import Plan
-from stillroom_server.search import KEY_FILE, TRIALS_FOLDER, Search
+from stillroom_server.search import KEY_FILE, LEDGER_FILE, TRIALS_FOLDER, Search, notes
 from stillroom_server.search_costs import SearchCost, calibrate_search, search_cost
 from stillroom_server.search_plan import Candidate, Outcome, SearchPlan
-from stillroom_shared.adapter import Adapter
+from stillroom_server.verdict import Policy, evaluations_in
 from stillroom_shared.errors import SettingsError
 from stillroom_shared.events import Event
-from stillroom_shared.mechanism import Central
-from stillroom_shared.randomness import Randomness
+from stillroom_shared.ledger import Ledger
 from stillroom_shared.release import Release, open_release
-from stillroom_shared.settings import RoundsSettings, Settings
-from stillroom_shared.settings_file import load
+from stillroom_shared.settings import EvaluationSettings, RoundsSettings, Settings
 from stillroom_shared.signing import SigningKey
-from stillroom_simulations.federation import BatchedUpdates, RecordsByHome, make_plan, mine_population, run_federation
+from stillroom_simulations.federation import (
+    BatchedUpdates,
+    RecordsByHome,
+    SilentDevicesError,
+    mine_population,
+    run_federation,
+)
+from stillroom_simulations.private_evaluation import evaluate_homes
+from stillroom_simulations.trial_plan import TrialBase, names_hash, with_candidate
 
-
-class Scorer(Protocol):
-    """A private evaluation: what it costs, and what it finds."""
-
-    def event(self) -> Event:
-        """What one score releases."""
-        ...
-
-    def score(self, adapter: Adapter, records: RecordsByHome, randomness: Randomness) -> float:
-        """A differentially private score of an adapter, the larger the better."""
-        ...
-
-
-@dataclass(frozen=True)
-class RankScore:
-    """The noisy mean over devices of 1 / rank of the passage that was opened, among a device's own candidates."""
-
-    trainer: Trainer
-    mechanism: Central
-
-    def event(self) -> Event:
-        """One release of a single number, every device taking part."""
-        return self.mechanism.event()
-
-    def score(self, adapter: Adapter, records: RecordsByHome, randomness: Randomness) -> float:
-        """Each device's mean reciprocal rank lies in [0, 1], the clip norm; a device without records adds zero."""
-        total = np.zeros(self.mechanism.length, np.int64)
-        for own in records.values():
-            total += self.mechanism.bound(np.array([self._of_device(adapter, own)], np.float32))
-        return float(self.mechanism.release(total, randomness).update[0])
-
-    def _of_device(self, adapter: Adapter, own: Sequence[Record]) -> float:
-        if not own:
-            return 0.0
-        vectors = self.trainer.encode(adapter, [record.tokens for record in own])  # (records, dim)
-        scores = [record.candidates @ vector for record, vector in zip(own, vectors, strict=True)]
-        return float(np.mean([1 / (1 + np.count_nonzero(ranked[1:] > ranked[0])) for ranked in scores]))
+HELD_BACK = 0.2
+"""Share of each device's queries that trials are scored by, unless the settings give one."""
+_UNLIKE = "unlike"
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,85 +54,76 @@ class FederationTrials:
 
     Attributes:
         home: of the search.
-        plan: of the search.
-        settings: what candidates change; its noise multiplier is known.
+        plan: of the search; its `base` says all that costs follow from.
         devices: home of each enrolled device by name.
-        records: training records of every device's home, for a number of candidates.
+        records: training records of every device's home, for a number of candidates; of no held-back query.
     """
 
     home: Path
     plan: SearchPlan
-    settings: Settings
     release: Release
     devices: Mapping[str, Path]
     records: Callable[[int], RecordsByHome]
     trainer: Trainer
-    scorer: Scorer
     operator: SigningKey
+    block: int
+
+    @property
+    def base(self) -> TrialBase:
+        """What all trials have in common."""
+        return TrialBase.of(self.plan)
 
     def events(self, candidate: Candidate) -> list[Event]:
         """The rounds of a trial, and its evaluation."""
-        return trial_events(self._plan(candidate, 0), self.release, self.scorer)
+        return self.base.events(self._plan(candidate, 0))
 
     def retry(self, candidate: Candidate) -> list[Event]:
-        """The round that was interrupted, if rounds are charged one by one, or the evaluation: both, to be safe."""
-        plan = self._plan(candidate, 0)
-        again = [] if plan.mechanism == "correlated" else self.events(candidate)[: min(1, plan.rounds)]
-        return [*again, self.scorer.event()]
+        """A round and an evaluation."""
+        return self.base.retry(self._plan(candidate, 0))
 
     def run(self, candidate: Candidate, number: int) -> Outcome:
-        """Run the federation, or what is left of it, then score its adapter."""
-        home, plan = self._home(number), self._plan(candidate, number)
-        records = self.records(plan.candidates)
-        updates = BatchedUpdates(self.trainer, records)
-        homes = list(self.devices.values())
-        run_federation(home, plan, homes, updates, operator=self.operator, block=self.settings.speed.block)
+        """Run the federation, or what is left of it, then have the devices score its adapter."""
+        home = self._home(number)
+        _require_alike(home)
+        try:
+            self._federate(home, self._plan(candidate, number))
+        except SilentDevicesError as error:
+            with Coordinator(home) as coordinator:  # the next start finds all rounds done, and nobody silent
+                coordinator.ledger.record({_UNLIKE: str(error)})
+            raise
         with Coordinator(home) as coordinator:
-            attempt = 1 + sum("evaluation" in purpose for purpose in coordinator.ledger.purposes())
-            charged = {"evaluation": attempt}
-            coordinator.ledger.spend(self.scorer.event(), budget=plan.budget, purpose=charged)
-            seed = None if plan.seed is None else f"{plan.seed}/evaluation/{attempt}"
-            score = self.scorer.score(coordinator.adapter, records, Randomness(seed=seed))
-            return Outcome(score, coordinator.published)
+            [found] = evaluations_in(coordinator.ledger.rows())
+            return Outcome(found.difference, coordinator.published)
+
+    def _federate(self, home: Path, plan: Plan) -> None:
+        """All rounds and the evaluation, or what is left of them."""
+        homes = list(self.devices.values())
+        updates = BatchedUpdates(self.trainer, self.records(plan.candidates))
+        run_federation(home, plan, homes, updates, operator=self.operator, block=self.block)
+        with Coordinator(home) as coordinator:
+            if evaluations_in(coordinator.ledger.rows()):
+                return
+        _, scores = evaluate_homes(home, homes, Policy(require="nothing"))
+        if scores.silent:
+            raise SilentDevicesError(f"{scores.silent} devices did not score {home} and sent zeros: see the log above")
 
     def _home(self, number: int) -> Path:
         return self.home / TRIALS_FOLDER / f"{number:04d}"
 
     def _plan(self, candidate: Candidate, number: int) -> Plan:
-        folder = os.path.relpath(self.release.folder, self._home(number))
-        made = make_plan(
-            with_candidate(self.settings, candidate).rounds,
-            # Devices never answer an attempt twice: each trial of each search is a federation of its own.
-            name=f"{self.plan.search}-{self.plan.content_hash[:8]}-trial-{number:04d}",
-            release_folder=Path(folder),
-            enrolled=sorted(self.devices),
-            dimension=self.release.adapter_spec.size,
-            seed=f"{self.plan.seed}/trial/{number}",
-        )
-        return made.model_copy(
-            update={
-                "trial_of": self.plan.search,
-                "budget_epsilon": self.plan.budget_epsilon,
-                "delta": self.plan.delta,
-            }
-        )
+        folder = Path(os.path.relpath(self.release.folder, self._home(number)))
+        return self.base.plan(self.plan, candidate, number, enrolled=sorted(self.devices), release_folder=folder)
 
 
-def trial_events(plan: Plan, release: Release, scorer: Scorer) -> list[Event]:
-    """Everything that a trial with this plan releases."""
-    order = plan.order(round_number=1, attempt=1, release=release.id, dimension=release.adapter_spec.size)
-    charges = min(1, plan.rounds) if plan.mechanism == "correlated" else plan.rounds
-    return [order.build_mechanism().event()] * charges + [scorer.event()]
-
-
-def with_candidate(settings: Settings, candidate: Candidate) -> Settings:
-    """The settings of one candidate. Raises `SettingsError` for what is unknown, out of range, or not about rounds."""
-    for key in candidate:
-        if not key.startswith("rounds.") or key in ("rounds.delta", "rounds.budget_epsilon", "rounds.target_epsilon"):
-            raise SettingsError(
-                f"candidate {key} cannot be searched over: name settings of rounds, e.g. rounds.clip_norm"
+def _require_alike(home: Path) -> None:
+    """Refuse to go on with a trial in which a device sent zero: with it the search would be another one."""
+    if not (home / LEDGER_FILE).is_file():
+        return
+    with Ledger.open(home / LEDGER_FILE) as ledger:
+        for reason in notes(ledger, _UNLIKE):
+            raise SilentDevicesError(
+                f"{home} is not like other trials: {reason}; begin another search in another home, and both are charged"
             )
-    return load(settings, None, candidate)
 
 
 def candidate_grid(choices: Sequence[str]) -> tuple[dict[str, str], ...]:
@@ -191,13 +151,13 @@ class Tuning:
     shape: float
     retries: int
     budget_epsilon: float
-    evaluation_noise: float
 
 
 def prepare_tuning(settings: Settings, run: Path, home: Path, asked: Tuning) -> FederationTrials:
     """The trials of a search over the devices of a demo's folder, its plan written into `home`.
 
-    Where the settings give a target epsilon, the noise is the least at which the whole search meets it.
+    How a trial is scored stands in the settings of `evaluation`; where these hold nothing back, `HELD_BACK` is. Where the
+    settings give a target epsilon, the noise is the least at which the whole search meets it.
     """
     if not (run / "release").is_dir() or not (run / "devices").is_dir():
         raise SettingsError(f"{run} holds no release and devices: make them with `stillroom demo --out {run}`")
@@ -205,24 +165,33 @@ def prepare_tuning(settings: Settings, run: Path, home: Path, asked: Tuning) -> 
     release = open_release(run / "release", trusted_key=operator.public)
     devices = {path.name: path for path in sorted((run / "devices").iterdir()) if path.is_dir()}
     trainer = Trainer(release.folder, release.adapter_spec, autocast=native_bfloat16())
-    evaluation = Central(
-        clip_norm=1.0, noise_multiplier=asked.evaluation_noise, sampling_rate=1.0, devices=len(devices), dimension=1
-    )
+    evaluation = settings.evaluation
+    if not evaluation.held_back:
+        evaluation = EvaluationSettings.model_validate(evaluation.model_dump() | {"held_back": HELD_BACK})
     plan = _search_plan(settings, asked, len(devices), name=run.name)
     known: dict[int, RecordsByHome] = {}
 
     def records(candidates: int) -> RecordsByHome:
         if candidates not in known:
-            homes = list(devices.values())
-            known[candidates] = mine_population(homes, release, candidates=candidates, threads=settings.speed.threads)
+            known[candidates] = mine_population(
+                list(devices.values()), release, candidates=candidates, threads=settings.speed.threads,
+                held_back=evaluation.held_back,
+            )  # fmt: skip
         return known[candidates]
 
-    def trials(given: Settings) -> FederationTrials:
-        scorer = RankScore(trainer, evaluation)
-        return FederationTrials(home, plan, given, release, devices, records, trainer, scorer, operator)
+    def trials(rounds: RoundsSettings) -> FederationTrials:
+        base = TrialBase(
+            rounds=rounds,
+            evaluation=evaluation,
+            release=release.id,
+            dimension=release.adapter_spec.size,
+            devices=names_hash(devices),
+        )
+        whole = plan.model_copy(update={"base": base.model_dump_json()})
+        return FederationTrials(home, whole, release, devices, records, trainer, operator, settings.speed.block)
 
-    fixed = settings if settings.rounds.target_epsilon is None else _calibrated(settings, plan, trials)
-    made = replace(trials(fixed), plan=plan.model_copy(update={"base": fixed.rounds.model_dump_json()}))
+    rounds = settings.rounds
+    made = trials(rounds if rounds.target_epsilon is None else _calibrated(rounds, plan, trials))
     for candidate in plan.candidates:
         made.events(candidate)  # refuses a candidate that cannot be, before anything is written
     made.plan.save(home)
@@ -232,9 +201,21 @@ def prepare_tuning(settings: Settings, run: Path, home: Path, asked: Tuning) -> 
 
 
 def tuning_cost(trials: FederationTrials) -> SearchCost:
-    """What the search costs, by each way of counting; before anything is charged."""
-    events = [trials.events(candidate) for candidate in trials.plan.candidates]
-    return search_cost(events, trials.plan.repetitions, trials.plan.delta)
+    """What the search and its reserved retries cost, by each way of counting; before anything is charged."""
+    plan = trials.plan
+    reserved, _ = plan.events(trials)
+    events = [trials.events(candidate) for candidate in plan.candidates]
+    return search_cost(events, plan.repetitions, plan.delta, beside=reserved)
+
+
+def trial_words(trials: FederationTrials) -> str:
+    """How each trial is scored."""
+    judged = trials.base.evaluation
+    return (
+        f"each trial is scored privately: by how much more of what was opened its adapter finds than the release alone, on "
+        f"{judged.held_back:.0%} of each\ndevice's queries, which no trial trains on (nDCG@10, noise multiplier "
+        f"{judged.noise_multiplier:g}, bound {judged.bound:g}: settings evaluation.*)"
+    )
 
 
 def open_tuning(trials: FederationTrials) -> Search:
@@ -274,14 +255,15 @@ def _search_plan(settings: Settings, asked: Tuning, devices: int, *, name: str) 
     )
 
 
-def _calibrated(settings: Settings, plan: SearchPlan, trials: Callable[[Settings], FederationTrials]) -> Settings:
-    """The settings with the least noise at which the search and its reserved retries meet the target epsilon."""
-    target = settings.rounds.target_epsilon
+def _calibrated(
+    rounds: RoundsSettings, plan: SearchPlan, trials: Callable[[RoundsSettings], FederationTrials]
+) -> RoundsSettings:
+    """The rounds with the least noise at which the search and its reserved retries meet the target epsilon."""
+    target = rounds.target_epsilon
     assert target is not None
 
-    def noisy(noise: float) -> Settings:
-        fixed = settings.rounds.model_dump() | {"target_epsilon": None, "noise_multiplier": noise}
-        return settings.model_copy(update={"rounds": RoundsSettings.model_validate(fixed)})
+    def noisy(noise: float) -> RoundsSettings:
+        return RoundsSettings.model_validate(rounds.model_dump() | {"target_epsilon": None, "noise_multiplier": noise})
 
     noise = calibrate_search(
         target_epsilon=target,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 from tests.conftest import TINY_SPEC
 
 from stillroom_server.search import LEDGER_FILE, Search, notes
-from stillroom_server.search_costs import calibrate_search, repetitions_of, search_cost
+from stillroom_server.search_costs import calibrate_search, plan_tuning, repetitions_of, search_cost
 from stillroom_server.search_plan import Candidate, Outcome, SearchPlan
 from stillroom_shared.accounting import epsilon
 from stillroom_shared.adapter import Adapter
@@ -21,12 +22,13 @@ from stillroom_shared.errors import BudgetError, LedgerError, SettingsError
 from stillroom_shared.events import Event, SampledGaussian, Selection, selection_of
 from stillroom_shared.ledger import Ledger
 from stillroom_shared.mechanism import RESOLUTION, Central
+from stillroom_shared.protocol import EvaluationOrder
 from stillroom_shared.randomness import Randomness
 from stillroom_shared.release import AdapterManifest, seal_adapter
 from stillroom_shared.repetitions import Poisson
 from stillroom_shared.sealed import open_sealed
 from stillroom_shared.signing import SigningKey
-from stillroom_shared.statement import PrivacyStatement
+from stillroom_shared.statement import PrivacyStatement, printed_epsilon
 
 DEVICES = 50
 CANDIDATES = ({"step": "0.5"}, {"step": "1.0"}, {"step": "2.0"})
@@ -39,12 +41,13 @@ class Killed(BaseException):
 class NoisyMeans:
     """A trial: the noisy mean of the devices' vectors, stretched by the candidate; the private score is how near it comes."""
 
-    def __init__(self, home: Path, *, scores: Sequence[float] | None = None) -> None:
+    def __init__(self, home: Path, *, scores: Sequence[float] | None = None, evaluation_noise: float = 8.0) -> None:
         self.home, self.scores, self.asked = home, scores, []  # type: tuple[Path, Sequence[float] | None, list[tuple[int, str]]]
-        common = {"sampling_rate": 1.0, "devices": DEVICES, "noise_multiplier": 8.0, "clip_norm": 1.0}
-        self.rounds = Central(dimension=TINY_SPEC.size, **common)  # type: ignore[arg-type]
-        self.evaluation = Central(dimension=1, **common)  # type: ignore[arg-type]
+        common = {"sampling_rate": 1.0, "devices": DEVICES, "clip_norm": 1.0}
+        self.rounds = Central(dimension=TINY_SPEC.size, noise_multiplier=8.0, **common)  # type: ignore[arg-type]
+        self.evaluation = Central(dimension=1, noise_multiplier=evaluation_noise, **common)  # type: ignore[arg-type]
         self.kill: int | None = None
+        self.meanwhile: Callable[[], None] = lambda: None
 
     def events(self, candidate: Candidate) -> list[Event]:
         return [self.rounds.event(), self.evaluation.event()]
@@ -56,6 +59,7 @@ class NoisyMeans:
         with Ledger.open(self.home / LEDGER_FILE) as ledger:
             assert any(isinstance(event, Selection) for event in ledger.events()), "a trial before it was charged for"
         self.asked.append((number, candidate["step"]))
+        self.meanwhile()
         if self.kill == number:
             raise Killed
         update = self.rounds.bound(np.full(TINY_SPEC.size, 0.01, np.float32)).astype(np.int64) * DEVICES
@@ -136,6 +140,104 @@ def test_an_interrupted_search_goes_on_with_the_same_draw(tmp_path: Path, at: in
         assert search.ledger.events() == charged, "retries were charged beforehand"
     steps = [CANDIDATES[index]["step"] for index in drawn]
     assert trials.asked == [*enumerate(steps[:at], 1), *enumerate(steps[at - 1 :], at)]
+
+
+@pytest.mark.parametrize("noise", [2.0, 16.0])
+def test_a_search_never_goes_on_under_events_that_it_was_not_charged_for(tmp_path: Path, noise: float) -> None:
+    """Charged with a noisy evaluation, then resumed with one that tells almost everything."""
+    make_plan(tmp_path)
+    trials = NoisyMeans(tmp_path)
+    trials.kill = 1
+    with open_search(tmp_path, trials) as search, pytest.raises(Killed):
+        search.run()
+    other = NoisyMeans(tmp_path, evaluation_noise=noise)
+    with open_search(tmp_path, other) as search:
+        rows = len(search.ledger.rows())
+        with pytest.raises(LedgerError, match="was charged for other events than its trials would release now"):
+            search.run()
+        assert other.asked == [] and len(search.ledger.rows()) == rows, "nothing is run, nothing is written"
+    trials.kill = None
+    with open_search(tmp_path, trials) as search:
+        assert search.run() is not None
+
+
+def test_half_a_charge_of_other_events_is_not_completed(tmp_path: Path) -> None:
+    """Retries that were reserved with much noise, in front of trials that retry with little."""
+    plan, trials = make_plan(tmp_path), NoisyMeans(tmp_path)
+    reserved, _ = plan.events(trials)
+    other = NoisyMeans(tmp_path, evaluation_noise=2.0)
+    with open_search(tmp_path, other) as search:
+        for place, event in enumerate(reserved):
+            search.ledger.spend(event, budget=plan.budget, purpose={"reserved": place})
+        with pytest.raises(LedgerError, match="was charged for other events"):
+            search.run()
+        assert other.asked == [] and search.ledger.events() == reserved
+
+
+def together(*calls: Callable[[], object]) -> list[BaseException | None]:
+    """What each call raised, all started at once, each in its own thread."""
+    start, raised = threading.Barrier(len(calls)), [None] * len(calls)  # type: threading.Barrier, list[BaseException | None]
+
+    def one(place: int) -> None:
+        start.wait()
+        try:
+            calls[place]()
+        except BaseException as error:
+            raised[place] = error
+
+    threads = [threading.Thread(target=one, args=(place,)) for place in range(len(calls))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return raised
+
+
+def test_of_two_that_begin_one_trial_at_once_the_second_needs_a_retry(tmp_path: Path) -> None:
+    """Read, then written: both see that nobody began, and both run the trial for the price of one."""
+    for attempt in range(8):
+        home = tmp_path / str(attempt)
+        make_plan(home, retries=0)
+        trials = NoisyMeans(home)
+        open_search(home, trials).close()
+
+        def begin(home: Path = home, trials: NoisyMeans = trials) -> None:
+            with open_search(home, trials) as search:
+                search._begin(1)
+
+        raised = together(begin, begin, begin)
+        assert sum(error is None for error in raised) == 1, raised
+        assert sum(isinstance(error, BudgetError) for error in raised) == 2, raised
+        with Ledger.open(home / LEDGER_FILE) as ledger:
+            assert notes(ledger, "began") == [{"trial": 1}]
+
+
+def test_two_processes_run_one_search_once(tmp_path: Path) -> None:
+    """Two that run the same trial side by side release it twice; with a retry to spare, neither is refused."""
+    make_plan(tmp_path, retries=3)
+    trials = NoisyMeans(tmp_path)
+    open_search(tmp_path, trials).close()
+    crossing = threading.Lock()
+    met: list[bool] = []
+
+    def alone() -> None:
+        met.append(crossing.acquire(timeout=0.02))
+        threading.Event().wait(0.05)
+        if met[-1]:
+            crossing.release()
+
+    trials.meanwhile = alone
+
+    def run() -> None:
+        with open_search(tmp_path, trials) as search:
+            assert search.run() is not None
+
+    assert together(run, run, run) == [None] * 3
+    assert all(met)
+    with Ledger.open(tmp_path / LEDGER_FILE) as ledger:
+        [drawn] = [purpose["drawn"] for purpose in ledger.purposes() if "drawn" in purpose]
+        began = [note["trial"] for note in notes(ledger, "began")]
+    assert began == [number for number, _ in trials.asked] == list(range(1, len(drawn) + 1))
 
 
 def test_going_on_with_a_trial_is_paid_for_beforehand_or_refused(tmp_path: Path) -> None:
@@ -272,6 +374,38 @@ def test_planning_orders_the_ways_of_counting() -> None:
         found = search_cost([[step(4.0)] * 15, [step(5.0)] * 15], repetitions_of(kind, 10.0), 1e-5)
         assert found.one_trial < found.search < found.every_trial
         assert found.one_trial == epsilon([step(4.0)] * 15, 1e-5), "the dearest candidate"
+
+
+PLANNED = {
+    "devices": 500, "rounds": 15, "sampling_rate": 0.2, "evaluation_noise": 6.0, "delta": 1e-5, "trials": "5",
+}  # fmt: skip
+
+
+def planned(noise: float, retries: int) -> tuple[list[Event], Selection]:
+    """What a search as planned charges, its first distribution of the number of trials."""
+    common = {"clip_norm": 1.0, "devices": 500}
+    one = Central(noise_multiplier=noise, sampling_rate=0.2, dimension=10_000, **common).event()  # type: ignore[arg-type]
+    score = EvaluationOrder(
+        federation="f", release="r", round=1, attempt=1, evaluation=1, noise_multiplier=6.0, sampling_rate=1.0,
+        devices=500, bound=0.1, held_back=0.2,
+    ).build_mechanism().event()  # fmt: skip
+    return [one, score] * retries, selection_of([[*[one] * 15, score]], repetitions_of("negative-binomial", 5.0))
+
+
+@pytest.mark.parametrize("retries", [0, 3])
+def test_what_is_planned_is_what_is_charged_with_its_retries(retries: int) -> None:
+    """Reserved retries that are charged and were not planned: the search is refused, or costs more than was announced."""
+    page = plan_tuning(**PLANNED, noise_multiplier=2.0, retries=retries, target_epsilon=3.0)  # type: ignore[arg-type]
+    reserved, search = planned(2.0, retries)
+    row, calibrated = [line for line in page.splitlines() if line.startswith(search.repetitions.words)]
+    assert row.removeprefix(search.repetitions.words).split()[1] == printed_epsilon(epsilon([*reserved, search], 1e-5))
+    if retries:
+        assert epsilon([*reserved, search], 1e-5) > epsilon([search], 1e-5) + 0.05, "the guard: retries are seen"
+    noise = float(calibrated.split()[-1])
+    below, above = planned(noise * 0.99, retries), planned(noise * 1.001, retries)  # it is printed rounded
+    assert epsilon([*above[0], above[1]], 1e-5) <= 3.0 < epsilon([*below[0], below[1]], 1e-5)
+    with pytest.raises(SettingsError, match="--retries -1"):
+        plan_tuning(**PLANNED, noise_multiplier=2.0, retries=-1, target_epsilon=None)  # type: ignore[arg-type]
 
 
 def test_calibration_meets_the_target_with_the_whole_search_and_says_why_it_cannot() -> None:

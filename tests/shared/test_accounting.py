@@ -9,7 +9,8 @@ from tests.references.gaussian import gaussian_delta
 
 from stillroom_shared.accounting import epsilon
 from stillroom_shared.errors import BudgetError
-from stillroom_shared.events import SampledGaussian, Unprotected, event_from_json, event_to_json
+from stillroom_shared.events import SampledGaussian, Unprotected, event_from_json, event_to_json, selection_of
+from stillroom_shared.repetitions import NegativeBinomial, Poisson, Repetitions
 
 
 def step(noise_multiplier: float, sampling_rate: float) -> SampledGaussian:
@@ -66,6 +67,15 @@ def test_hardly_any_noise_is_infinite_at_once() -> None:
     """Loss distributions of tiny noise fill gigabytes: a plan with a typing error would end the process."""
     assert epsilon([step(0.02, 0.2)] * 400, 1e-4) == math.inf
     assert epsilon([step(1.0, 1.0)] * 1_000, 1e-4) == math.inf
+
+
+@pytest.mark.parametrize("drawn", [Poisson(mean=3.0), NegativeBinomial.with_mean(3.0, shape=0.0)])
+def test_a_release_of_hardly_anything_has_a_cost(drawn: Repetitions) -> None:
+    """Rounding makes its Renyi divergence negative: a search over it ends in an error of arithmetic."""
+    hardly = step(2.0**18, 1e-4)
+    assert 0 <= epsilon([hardly], 1e-5, "RDP") < 1e-3
+    assert 0 <= epsilon([selection_of([[hardly]], drawn)], 1e-5) < 0.1
+    assert 0 <= epsilon([selection_of([[hardly]], drawn), hardly], 1e-5) < 0.1
 
 
 def test_rounding_costs_delta() -> None:

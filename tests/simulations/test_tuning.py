@@ -8,40 +8,61 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
 from stillroom_client.device import Device
+from stillroom_client.encoder import Encoder
+from stillroom_client.held_back import set_held_back_key
 from stillroom_client.participation import LEDGER_FILE as DEVICE_LEDGER
-from stillroom_client.training import Record
-from stillroom_server.coordinate import LEDGER_FILE, Coordinator
-from stillroom_server.search import KEY_FILE, SELECTED_FOLDER, TRIALS_FOLDER
-from stillroom_server.search_plan import SearchPlan
+from stillroom_client.participation import Consent
+from stillroom_client.records import mine_records
+from stillroom_client.scoring import held_back_difference, held_back_queries
+from stillroom_server.coordinate import ADAPTERS_FOLDER, LEDGER_FILE, Coordinator
+from stillroom_server.plan import PLAN_FILE, Plan
+from stillroom_server.search import KEY_FILE, SELECTED_FOLDER, TRIALS_FOLDER, Search, notes
+from stillroom_server.search_plan import Candidate, Outcome, SearchPlan
+from stillroom_server.verdict import evaluations_in
 from stillroom_shared.accounting import epsilon
+from stillroom_shared.adapter import Adapter
 from stillroom_shared.cli import build_app
 from stillroom_shared.corpus import Passage
-from stillroom_shared.errors import BudgetError, SettingsError, StillroomError
+from stillroom_shared.errors import BudgetError, LedgerError, SettingsError, StillroomError
 from stillroom_shared.events import Event, SampledGaussian, Selection, Unprotected
 from stillroom_shared.ledger import Ledger
-from stillroom_shared.mechanism import RESOLUTION, Central
 from stillroom_shared.release import Release, open_adapter, open_release, seal_adapter
 from stillroom_shared.settings import load_settings
 from stillroom_shared.signing import SigningKey
-from stillroom_shared.statement import COORDINATOR, OBSERVERS, READERS, PrivacyStatement
+from stillroom_shared.statement import COORDINATOR, OBSERVERS, READERS, PrivacyStatement, printed_epsilon
 from stillroom_simulations.epsilon_context import check_epsilon_context
-from stillroom_simulations.federation import BatchedUpdates, make_plan, mine_population, run_federation
+from stillroom_simulations.federation import (
+    BatchedUpdates,
+    SilentDevicesError,
+    make_plan,
+    mine_population,
+    run_federation,
+)
 from stillroom_simulations.joint_audit import audit_jointly, audit_search
-from stillroom_simulations.tuning import RankScore, Tuning, _search_plan, candidate_grid, prepare_tuning, with_candidate
+from stillroom_simulations.trial_plan import with_candidate
+from stillroom_simulations.tuning import (
+    HELD_BACK,
+    FederationTrials,
+    Tuning,
+    _search_plan,
+    candidate_grid,
+    open_tuning,
+    prepare_tuning,
+    tuning_cost,
+)
 
 TEXTS = ("open the zip file", "list the members", "sort a list of words", "a tapir eats leaves", "read the index")
 DEVICES = 4
 TUNE = (
     "--candidate", "rounds.clip_norm=0.1,0.3", "--candidate", "rounds.local_learning_rate=0.5,1", "--trials", "3",
-    "--shape", "2", "--evaluation-noise", "20", "--budget", "9", "--set", "rounds.noise_multiplier=8", "--set",
-    "rounds.rounds=2", "--set", "rounds.sampling_rate=1", "--set", "rounds.delta=1e-3", "--set", "rounds.candidates=3",
-    "--set", "seed=2",
+    "--shape", "2", "--budget", "9", "--set", "evaluation.noise_multiplier=20", "--set", "evaluation.held_back=0.4",
+    "--set", "rounds.noise_multiplier=8", "--set", "rounds.rounds=2", "--set", "rounds.sampling_rate=1", "--set",
+    "rounds.delta=1e-3", "--set", "rounds.candidates=3", "--set", "seed=2",
 )  # fmt: skip
 
 
@@ -62,6 +83,7 @@ def settle(folder: Path, release: Release, key: SigningKey) -> Path:
         with Device.create(folder / "devices" / f"d{number}", release, link=True) as device:
             device.add(Passage(f"p{i}", "own", f"{text} {'again ' * number}") for i, text in enumerate(TEXTS))
             device.record([(f"how do i {text}", f"p{i}") for i, text in enumerate(TEXTS[: number + 1])])
+            set_held_back_key(device, bytes([number]) * 32)
     return folder
 
 
@@ -104,11 +126,16 @@ def test_an_operator_searches_and_devices_adopt_what_the_search_cost(finished: P
         assert set(trial.statement().against.values()) == {None}, "a trial promises nothing by itself"
     readers = stated.against[READERS]
     assert readers is not None and readers > alone
+    with Ledger.open(home / LEDGER_FILE) as ledger:
+        cost = printed_epsilon(epsilon(ledger.events(), 1e-3))
+    [row] = [line for line in output.splitlines() if line.startswith("negative binomial")]
+    assert row.split()[-3] == cost == printed_epsilon(readers), "what is printed beforehand is what is charged"
     assert stated.accountant == "RDP" and stated.search is not None
     for device in sorted((finished / "devices").iterdir()):
         with Ledger.open(device / DEVICE_LEDGER) as ledger:
             joined = [purpose for purpose in ledger.purposes() if "-trial-" in purpose["federation"]]
-            assert len(joined) == 2 * trials, "a device takes part in every trial, and its own ledger adds up"
+            assert len(joined) == 3 * trials, "a device takes part in every trial, and its own ledger adds up"
+            assert sum("evaluation" in purpose for purpose in joined) == trials
     with Device.open(finished / "devices" / "d0", release=release) as opened:
         opened.adopt(home / SELECTED_FOLDER)
 
@@ -120,7 +147,13 @@ def test_the_same_command_again_changes_nothing(finished: Path) -> None:
     assert command("tune", str(finished), *TUNE).exit_code == 0
     with Ledger.open(finished / "search" / LEDGER_FILE) as ledger:
         assert ledger.head == before
-    for change in ("rounds.noise_multiplier=4", "rounds.momentum=0.1"):
+    for change in (
+        "rounds.noise_multiplier=4",
+        "rounds.momentum=0.1",
+        "evaluation.noise_multiplier=2",
+        "evaluation.bound=0.2",
+        "evaluation.held_back=0.3",
+    ):
         other = command("tune", str(finished), *TUNE, "--set", change)
         assert other.exit_code == 1 and "holds another search" in other.output, "settings that are not charged"
 
@@ -164,7 +197,6 @@ def seal_another(home: Path) -> None:
 
 def claim_less(home: Path) -> None:
     """The best adapter, sealed with the epsilon of one trial."""
-    from stillroom_shared.adapter import Adapter
     from stillroom_shared.release import ADAPTER_NAME
 
     folder = home / SELECTED_FOLDER
@@ -176,6 +208,22 @@ def claim_less(home: Path) -> None:
     claimed = plan.statement(one).model_copy(update={"search": search.repetitions.words})
     shutil.rmtree(folder)
     seal_adapter(folder, best, release_id="r", round=2, statement=claimed.model_dump(mode="json"), key=key)
+
+
+def begin_again(path: Path, plan: Plan) -> None:
+    """The ledger of a trial, as it were if the trial had had this plan."""
+    with Coordinator(path) as trial:
+        charges = list(zip(trial.ledger.events(), trial.ledger.purposes(), strict=True))
+        key, about = trial.key, {"federation": plan.federation, "plan": plan.content_hash}
+    (path / PLAN_FILE).write_text(plan.model_dump_json())
+    shutil.rmtree(path / ADAPTERS_FOLDER)
+    Ledger.begin(path / LEDGER_FILE, key=key, about=about, spends=charges)
+
+
+def enrol_others(home: Path) -> None:
+    """A trial on devices that the search was not about."""
+    path = home / TRIALS_FOLDER / "0001"
+    begin_again(path, Plan.load(path).model_copy(update={"enrolled": ("d0", "d1", "d2", "d9")}))
 
 
 def add_a_trial(home: Path) -> None:
@@ -198,6 +246,7 @@ def lose_a_row(home: Path) -> None:
         (spend_in_a_trial, "which the search neither charged nor reserved"),
         (seal_another, "is not what the best trial"),
         (claim_less, "do not trust that adapter"),
+        (enrol_others, "0001 enrolled other devices"),
         (add_a_trial, "is no trial that"),
         (lose_a_row, "row 3 is missing"),
     ],
@@ -280,8 +329,14 @@ def test_what_cannot_be_added_up_is_refused(
 
 ASKED = Tuning(
     choices=["rounds.clip_norm=0.1,0.3"], distribution="poisson", mean_trials=2.0, shape=0.0, retries=1,
-    budget_epsilon=9.0, evaluation_noise=20.0,
+    budget_epsilon=9.0,
 )  # fmt: skip
+QUIET = {
+    "evaluation.noise_multiplier": "20",
+    "evaluation.held_back": "0.4",
+    "rounds.delta": "1e-3",
+    "rounds.candidates": "3",
+}
 
 
 def test_a_target_epsilon_is_met_by_the_whole_search(finished: Path, tmp_path: Path) -> None:
@@ -292,11 +347,16 @@ def test_a_target_epsilon_is_met_by_the_whole_search(finished: Path, tmp_path: P
         "rounds.target_epsilon": "3",
         "rounds.delta": "1e-3",
     }
-    trials = prepare_tuning(load_settings(None, target), finished, tmp_path / "a", ASKED)
-    reserved, search = trials.plan.events(trials)
-    assert 2.9 < epsilon([*reserved, search], 1e-3) <= 3.0
+    for retries in (0, 3):
+        asked = replace(ASKED, retries=retries)
+        trials = prepare_tuning(load_settings(None, QUIET | target), finished, tmp_path / str(retries), asked)
+        reserved, search = trials.plan.events(trials)
+        assert len(reserved) == 2 * retries, "a round and an evaluation"
+        cost = epsilon([*reserved, search], 1e-3)
+        assert 2.9 < cost <= 3.0 and tuning_cost(trials).search == cost
     with pytest.raises(BudgetError, match="even at noise multiplier 1,000"):
-        prepare_tuning(load_settings(None, target | {"rounds.target_epsilon": "0.2"}), finished, tmp_path / "b", ASKED)
+        harder = QUIET | target | {"rounds.target_epsilon": "0.2"}
+        prepare_tuning(load_settings(None, harder), finished, tmp_path / "b", ASKED)
     assert not (tmp_path / "b").exists()
 
 
@@ -315,25 +375,119 @@ def test_only_settings_of_rounds_can_be_searched_over(tmp_path: Path) -> None:
     assert "make them with" in command("tune", str(tmp_path), "--candidate", "rounds.clip_norm=0.1").output
 
 
-def test_a_score_is_the_noisy_mean_of_bounded_device_scores(tiny_release: Release) -> None:
-    """A score without noise, or one that a device moves by more than its event says, is a free look at private data."""
-    from stillroom_client.training import Trainer
-    from stillroom_shared.adapter import Adapter
-    from stillroom_shared.randomness import Randomness
+@pytest.fixture
+def run(tmp_path: Path, tiny_release: Release, signing_key: SigningKey) -> Path:
+    """A demo's folder, to search over."""
+    return settle(tmp_path / "run", tiny_release, signing_key)
 
-    spec = tiny_release.adapter_spec
-    trainer = Trainer(tiny_release.folder, spec)
-    adapter = Adapter(spec, np.zeros(spec.size, np.float32))
-    vector = trainer.encode(adapter, [[2, 10, 3]])[0]
-    best = Record(tokens=(2, 10, 3), candidates=np.stack([vector, -vector, -vector]).astype(np.float32))
-    worst = Record(tokens=(2, 10, 3), candidates=np.stack([-vector, vector, vector]).astype(np.float32))
-    mechanism = Central(clip_norm=1.0, noise_multiplier=2.0, sampling_rate=1.0, devices=4, dimension=1)
-    assert mechanism.sensitivity == RESOLUTION
-    scorer = RankScore(trainer, mechanism)
-    assert scorer.event() == mechanism.event()
-    records = {"a": [best, best], "b": [worst], "c": [], "d": [best, worst]}
-    expected = (1 + 1 / 3 + 0 + 2 / 3) / 4
-    found = [scorer.score(adapter, records, Randomness(seed=f"{i}")) for i in range(400)]
-    deviation = 2.0 / 4
-    assert abs(np.mean(found) - expected) < 5 * deviation / 20
-    assert 0.85 * deviation < np.std(found) < 1.15 * deviation
+
+def test_a_trial_is_scored_by_the_private_evaluation_on_what_no_trial_trains_on(finished: Path) -> None:
+    """A score beside the ledgers of the devices, or on the queries that were trained on."""
+    release, home = open_release(finished / "release", trusted_key=None), finished / "search"
+    encoder, trials = Encoder(release), len(drawn_of(home))
+    with Ledger.open(home / LEDGER_FILE) as ledger:
+        scores = {note["trial"]: note["score"] for note in notes(ledger, "finished")}
+    assert len(set(scores.values())) == trials, "each trial has noise of its own"
+    asked = {name: 0 for name in ("train", "score")}
+    for number in range(1, trials + 1):
+        with Coordinator(home / TRIALS_FOLDER / f"{number:04d}") as trial:
+            [found] = evaluations_in(trial.ledger.rows())
+            assert (found.difference, found.held_back, found.baseline) == (scores[number], 0.4, 0)
+            adapter, zero = trial.adapter, Adapter.zero(trial.spec)
+        truth = []
+        for home_of_device in sorted((finished / "devices").iterdir()):
+            with Device.open(home_of_device, release=release) as device:
+                own = held_back_difference(device, encoder, zero, adapter, share=0.4, cutoff=10)
+                scored = set(held_back_queries(device, 0.4))
+                trained = {query for query, _ in device.feedback()} - scored
+                records = mine_records(device, encoder, candidates=3, held_back_share=0.4)
+            assert len(records) == len(trained)
+            asked["train"], asked["score"] = asked["train"] + len(trained), asked["score"] + len(scored)
+            truth.append(min(max(own or 0.0, -found.bound), found.bound))
+        assert abs(found.difference - sum(truth) / DEVICES) < 5 * found.noise
+    assert min(asked.values()) > 0, "the guard: both sides have queries"
+
+
+def test_without_a_share_in_the_settings_trials_hold_one_back(run: Path, tmp_path: Path) -> None:
+    """The settings of a demo hold nothing back: trials would be scored by what they were trained on."""
+    trials = prepare_tuning(load_settings(None, {"rounds.delta": "1e-3"}), run, tmp_path / "search", ASKED)
+    assert trials.base.evaluation.held_back == HELD_BACK
+    rounds, evaluation = trials.events({})[:-1], trials.events({})[-1]
+    plan = trials._plan({}, 1)
+    order = plan.evaluation(number=1, round_number=1, attempt=1, release=trials.release.id)
+    assert plan.held_back == HELD_BACK and evaluation == order.build_mechanism().event()
+    assert len(rounds) == plan.rounds and trials.retry({}) == [rounds[0], evaluation]
+    with pytest.raises(SettingsError, match=r"rounds\.rounds is 0"):
+        prepare_tuning(load_settings(None, QUIET | {"rounds.rounds": "0"}), run, tmp_path / "none", ASKED)
+
+
+class Swapped:
+    """Trials, each of which runs another candidate than the one it drew."""
+
+    def __init__(self, trials: FederationTrials) -> None:
+        self.trials, self.events, self.retry = trials, trials.events, trials.retry
+
+    def run(self, candidate: Candidate, number: int) -> Outcome:
+        [other] = [own for own in self.trials.plan.candidates if own != candidate]
+        return self.trials.run(other, number)
+
+
+def test_a_search_whose_trials_did_not_run_what_they_drew_is_named(run: Path, tmp_path: Path) -> None:
+    """Drawn blindly on paper: the operator runs what he likes, or what costs more than was drawn."""
+    settings = load_settings(None, QUIET | {"rounds.rounds": "1", "rounds.sampling_rate": "1"})
+    for choice in ("rounds.server_learning_rate=0.2,0.5", "rounds.noise_multiplier=4,8"):
+        home = tmp_path / choice.split(",")[0]
+        asked = replace(
+            ASKED, choices=[choice], distribution="negative-binomial", mean_trials=1.01, budget_epsilon=20.0
+        )
+        trials = prepare_tuning(settings, run, home, asked)
+        with Search(home, Swapped(trials), release_id=trials.release.id) as search:
+            search.run()
+        name = choice.split("=")[0].removeprefix("rounds.")
+        with pytest.raises(LedgerError, match=rf"0001 is not the trial 1 .* that was drawn.*: it has {name}"):
+            audit_search(home)
+
+
+def test_an_interrupted_evaluation_is_charged_again_and_stays_within_what_was_reserved(
+    run: Path, tmp_path: Path
+) -> None:
+    """Killed between the charge and the noise: nobody knows what was seen, and the score is drawn anew."""
+    settings = load_settings(None, QUIET | {"rounds.rounds": "1", "rounds.sampling_rate": "1"})
+    asked = replace(ASKED, distribution="negative-binomial", mean_trials=1.01)
+    trials = prepare_tuning(settings, run, tmp_path / "search", asked)
+    [first, *_] = homes = list(trials.devices.values())
+    with open_tuning(trials) as search:
+        drawn = search._charge(*search._events())
+        search._begin(1)
+        plan = trials._plan(trials.plan.candidates[drawn[0]], 1)
+    trial = trials._home(1)
+    updates = BatchedUpdates(trials.trainer, trials.records(plan.candidates))
+    run_federation(trial, plan, homes, updates, operator=trials.operator, block=4)
+    with Coordinator(trial) as coordinator:
+        order = plan.evaluation(number=1, round_number=1, attempt=2, release=trials.release.id)
+        charged = {"evaluation": 1, "attempt": 2, "after": 1}
+        coordinator.ledger.spend(order.build_mechanism().event(), budget=plan.budget, purpose=charged)
+    with open_tuning(trials) as search:
+        assert search.run() is not None
+    with Coordinator(trial) as coordinator:
+        assert len(coordinator.ledger.events()) == 3 and len(evaluations_in(coordinator.ledger.rows())) == 1
+    with Ledger.open(first / DEVICE_LEDGER) as ledger:
+        assert [purpose["attempt"] for purpose in ledger.purposes() if purpose["round"] == 1][:2] == [1, 3]
+    audit_search(tmp_path / "search")
+
+
+@pytest.mark.parametrize(("fit", "named"), [(0, "1 devices sent zero"), (1, "1 devices did not score")])
+def test_a_device_that_stops_answering_ends_the_search_for_good(
+    run: Path, tmp_path: Path, fit: int, named: str
+) -> None:
+    """Trials with fewer devices than were charged for, compared with the others as if they were alike."""
+    settings = load_settings(None, QUIET | {"rounds.rounds": "1", "rounds.sampling_rate": "1"})
+    asked = replace(ASKED, distribution="negative-binomial", mean_trials=1.01, retries=2)
+    trials = prepare_tuning(settings, run, tmp_path / "search", asked)
+    limit = epsilon(trials.events(trials.plan.candidates[0])[:fit], 1e-5) + 1e-6
+    Consent(limit_epsilon=limit, limit_delta=1e-5).save(run / "devices" / "d1")
+    for _ in range(2):
+        with open_tuning(trials) as search, pytest.raises(SilentDevicesError, match=named):
+            search.run()
+    with Coordinator(trials._home(1)) as coordinator:
+        assert len(coordinator.ledger.events()) == 1 + fit, "nothing more was asked"
