@@ -168,7 +168,7 @@ def prepare_tuning(settings: Settings, run: Path, home: Path, asked: Tuning) -> 
     evaluation = settings.evaluation
     if not evaluation.held_back:
         evaluation = EvaluationSettings.model_validate(evaluation.model_dump() | {"held_back": HELD_BACK})
-    plan = _search_plan(settings, asked, len(devices), name=run.name)
+    plan = _search_plan(settings, asked, len(devices), name=run.resolve().name)
     known: dict[int, RecordsByHome] = {}
 
     def records(candidates: int) -> RecordsByHome:

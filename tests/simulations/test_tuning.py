@@ -17,7 +17,6 @@ from stillroom_client.encoder import Encoder
 from stillroom_client.held_back import set_held_back_key
 from stillroom_client.participation import LEDGER_FILE as DEVICE_LEDGER
 from stillroom_client.participation import Consent
-from stillroom_client.records import mine_records
 from stillroom_client.scoring import held_back_difference, held_back_queries
 from stillroom_server.coordinate import ADAPTERS_FOLDER, LEDGER_FILE, Coordinator
 from stillroom_server.plan import PLAN_FILE, Plan
@@ -381,10 +380,11 @@ def run(tmp_path: Path, tiny_release: Release, signing_key: SigningKey) -> Path:
     return settle(tmp_path / "run", tiny_release, signing_key)
 
 
-def test_a_trial_is_scored_by_the_private_evaluation_on_what_no_trial_trains_on(finished: Path) -> None:
+def test_a_trial_is_scored_by_the_private_evaluation_on_what_no_trial_trains_on(finished: Path, tmp_path: Path) -> None:
     """A score beside the ledgers of the devices, or on the queries that were trained on."""
     release, home = open_release(finished / "release", trusted_key=None), finished / "search"
     encoder, trials = Encoder(release), len(drawn_of(home))
+    trained_on = prepare_tuning(load_settings(None, QUIET), finished, tmp_path / "again", ASKED).records(3)
     with Ledger.open(home / LEDGER_FILE) as ledger:
         scores = {note["trial"]: note["score"] for note in notes(ledger, "finished")}
     assert len(set(scores.values())) == trials, "each trial has noise of its own"
@@ -400,8 +400,7 @@ def test_a_trial_is_scored_by_the_private_evaluation_on_what_no_trial_trains_on(
                 own = held_back_difference(device, encoder, zero, adapter, share=0.4, cutoff=10)
                 scored = set(held_back_queries(device, 0.4))
                 trained = {query for query, _ in device.feedback()} - scored
-                records = mine_records(device, encoder, candidates=3, held_back_share=0.4)
-            assert len(records) == len(trained)
+            assert len(trained_on[str(home_of_device)]) == len(trained)
             asked["train"], asked["score"] = asked["train"] + len(trained), asked["score"] + len(scored)
             truth.append(min(max(own or 0.0, -found.bound), found.bound))
         assert abs(found.difference - sum(truth) / DEVICES) < 5 * found.noise
@@ -446,6 +445,32 @@ def test_a_search_whose_trials_did_not_run_what_they_drew_is_named(run: Path, tm
         name = choice.split("=")[0].removeprefix("rounds.")
         with pytest.raises(LedgerError, match=rf"0001 is not the trial 1 .* that was drawn.*: it has {name}"):
             audit_search(home)
+
+
+class Cheaper:
+    """Trials that tell the search that their evaluation has more noise than it has."""
+
+    def __init__(self, trials: FederationTrials) -> None:
+        self.trials, self.run = trials, trials.run
+
+    def events(self, candidate: Candidate) -> list[Event]:
+        *rounds, evaluation = self.trials.events(candidate)
+        assert isinstance(evaluation, SampledGaussian)
+        return [*rounds, replace(evaluation, noise_multiplier=2 * evaluation.noise_multiplier)]
+
+    def retry(self, candidate: Candidate) -> list[Event]:
+        return self.events(candidate)
+
+
+def test_a_search_that_was_charged_for_other_trials_is_named(run: Path, tmp_path: Path) -> None:
+    """Each trial is what it drew, and the search was charged as if that cost less."""
+    settings = load_settings(None, QUIET | {"rounds.rounds": "1", "rounds.sampling_rate": "1"})
+    asked = replace(ASKED, distribution="negative-binomial", mean_trials=1.01)
+    trials = prepare_tuning(settings, run, tmp_path / "search", asked)
+    with Search(tmp_path / "search", Cheaper(trials), release_id=trials.release.id) as search:
+        search.run()
+    with pytest.raises(LedgerError, match="0001 is a trial that releases .* was not charged for"):
+        audit_search(tmp_path / "search")
 
 
 def test_an_interrupted_evaluation_is_charged_again_and_stays_within_what_was_reserved(
