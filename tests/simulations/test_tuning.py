@@ -469,7 +469,7 @@ def test_a_search_that_was_charged_for_other_trials_is_named(run: Path, tmp_path
     trials = prepare_tuning(settings, run, tmp_path / "search", asked)
     with Search(tmp_path / "search", Cheaper(trials), release_id=trials.release.id) as search:
         search.run()
-    with pytest.raises(LedgerError, match="0001 is a trial that releases .* was not charged for"):
+    with pytest.raises(LedgerError, match=r"0001 is a trial that releases .* was not charged for"):
         audit_search(tmp_path / "search")
 
 
