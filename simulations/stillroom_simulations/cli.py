@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -299,7 +300,13 @@ def bench_privacy(
     from stillroom_simulations.utility import bench_privacy as measure
 
     settings = load_settings(None, {"corpus.scale": scale} | _pairs(changes or []))
-    given = {"seeds": [seeds], "data": data or [], "silos": silos or [], "families": [families], "scale": [scale]}
+    given: dict[str, Sequence[str | Path]] = {
+        "seeds": [seeds],
+        "data": data or [],
+        "silos": silos or [],
+        "families": [families],
+        "scale": [scale],
+    }
     words = [f"--{name} {getattr(value, 'name', value)}" for name, values in given.items() for value in values]
     measure(
         settings, seeds=_numbers(seeds), data=data or [], silos=silos or [], families=families.split(","), folder=folder,

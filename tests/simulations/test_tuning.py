@@ -18,7 +18,8 @@ from stillroom_client.held_back import set_held_back_key
 from stillroom_client.participation import LEDGER_FILE as DEVICE_LEDGER
 from stillroom_client.participation import Consent
 from stillroom_client.scoring import held_back_difference, held_back_queries
-from stillroom_server.coordinate import ADAPTERS_FOLDER, LEDGER_FILE, Coordinator
+from stillroom_server.adapters import ADAPTERS_FOLDER
+from stillroom_server.coordinate import LEDGER_FILE, Coordinator
 from stillroom_server.plan import PLAN_FILE, Plan
 from stillroom_server.search import KEY_FILE, SELECTED_FOLDER, TRIALS_FOLDER, Search, notes
 from stillroom_server.search_plan import Candidate, Outcome, SearchPlan
