@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -300,18 +299,16 @@ def bench_privacy(
     from stillroom_simulations.utility import bench_privacy as measure
 
     settings = load_settings(None, {"corpus.scale": scale} | _pairs(changes or []))
-    given: dict[str, Sequence[str | Path]] = {
-        "seeds": [seeds],
-        "data": data or [],
-        "silos": silos or [],
-        "families": [families],
-        "scale": [scale],
-    }
-    words = [f"--{name} {getattr(value, 'name', value)}" for name, values in given.items() for value in values]
+    words = [
+        f"--seeds {seeds}",
+        *(f"--data {path.name}" for path in data or []),
+        *(f"--silos {path.name}" for path in silos or []),
+    ]
+    words += [f"--families {families}", f"--scale {scale}", *(f"--set {change}" for change in changes or [])]
     measure(
         settings, seeds=_numbers(seeds), data=data or [], silos=silos or [], families=families.split(","), folder=folder,
         out=out, chart=chart, console=Console(highlight=False),
-        command=" ".join(["stillroom bench privacy", *words, *(f"--set {change}" for change in changes or [])]),
+        command=" ".join(["stillroom bench privacy", *words]),
     )  # fmt: skip
 
 
