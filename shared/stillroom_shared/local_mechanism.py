@@ -12,7 +12,9 @@ documents are fixed; they, and the topic that all its queries share, are outside
 Guarantees:
     - `bound` returns integers whose exact L2 norm is at most `RESOLUTION`, so one record moves a sum by at most that.
     - Sampling rate, steps, denominator and number of coins are public constants: none depends on what the device holds.
-    - A device without records, and an empty batch, release noise at the same cost.
+    - A device without records, and an empty batch, release noise at the same cost. It is, bit for bit, what `noise_alone`
+      makes of the same stream, from whatever adapter: the change is added up from zero. A difference of two iterates would be
+      rounded to the grid of the adapter's own floats, so that a huge adapter told which devices started from it.
     - Which records were chosen never leaves the device, so amplification by that choice counts against everybody, the
       coordinator included. Whether the device is in a round's cohort is another matter and is not in this event.
     - One participation is one event: its steps are charged together, or none of them.
@@ -158,22 +160,30 @@ def descend(
         randomness: of each device, for its coins and its noise.
     """
     latest = [own[-mechanism.records :] for own in records]
-    iterates = np.tile(start.astype(np.float64), (len(records), 1))  # (devices, dimension)
+    changes = np.zeros((len(records), mechanism.dimension))  # (devices, dimension)
     for _ in range(mechanism.steps):
         chosen = [
             [record for record, taken in zip(own, mechanism.sample(stream), strict=False) if taken]
             for own, stream in zip(latest, randomness, strict=True)
         ]
-        totals = np.zeros(iterates.shape, np.int64)
-        for device, gradient in gradients(iterates.astype(np.float32), chosen):
+        totals = np.zeros(changes.shape, np.int64)
+        for device, gradient in gradients(_finite(start + changes), chosen):
             totals[device] += mechanism.bound(gradient)
         for device, stream in enumerate(randomness):
-            iterates[device] -= learning_rate * mechanism.release(totals[device], stream)
-    return (iterates - start).astype(np.float32)
+            changes[device] -= learning_rate * mechanism.release(totals[device], stream)
+    with np.errstate(over="ignore"):  # too long a step ends in infinity, with records or without
+        return changes.astype(np.float32)
+
+
+def _finite(iterates: NDArray[np.float64]) -> NDArray[np.float32]:
+    """As float32 that an adapter can hold, (devices, dimension): a source of gradients that refuses what is not finite would
+    make a device fail, and answer afresh, that a device without records does not."""
+    largest = float(np.finfo(np.float32).max)
+    return np.clip(np.nan_to_num(iterates), -largest, largest).astype(np.float32)
 
 
 def noise_alone(mechanism: Local, *, learning_rate: float, randomness: Randomness) -> NDArray[np.float32]:
-    """What a device without records answers, (dimension,): no record is read, so it costs nothing."""
+    """What a device without records answers from any adapter, (dimension,): no record is read, so it costs nothing."""
     nothing: Sequence[Sequence[None]] = [()]
     start = np.zeros(mechanism.dimension, np.float32)
     change = descend(

@@ -171,9 +171,29 @@ def test_a_device_beside_others_gets_what_it_would_get_alone() -> None:
     for device, stream in enumerate(streams()):
         alone = descend(mechanism, start, [records[device]], linear, learning_rate=0.5, randomness=[stream])
         np.testing.assert_array_equal(together[device], alone[0])
-    bare = noise_alone(mechanism, learning_rate=0.5, randomness=streams()[1])
-    np.testing.assert_allclose(together[1], bare, atol=1e-6)
     assert np.abs(together[0] - together[2]).max() > 1e-3
+
+
+@pytest.mark.parametrize("size", [0.0, 1.0, -(2.0**34), 1e30, 3.4e38])
+@pytest.mark.parametrize("learning_rate", [0.5, 1e-30, 1e38, 1e300])
+def test_a_device_without_records_makes_noise_alone_from_every_adapter(size: float, learning_rate: float) -> None:
+    """A change that is a difference of iterates has the grid of the adapter, which tells who started from it."""
+    mechanism, seen = local(dimension=50), []
+
+    def gradients(values: np.ndarray, chosen: Sequence[Sequence[None]]) -> list[tuple[int, np.ndarray]]:
+        seen.append(values)
+        return []
+
+    start = np.full(50, size, np.float32)
+    with np.errstate(all="ignore"):
+        streams = [Randomness(seed="n") for _ in "ab"]
+        (own,) = descend(mechanism, start, [[]], gradients, learning_rate=learning_rate, randomness=streams[:1])
+        alone = noise_alone(mechanism, learning_rate=learning_rate, randomness=streams[1])
+    np.testing.assert_array_equal(own, alone)
+    if learning_rate < 1:
+        assert len(np.unique(own)) == 50 and not np.array_equal(own, np.float32(0.9) * alone)
+    assert all(np.isfinite(values).all() for values in seen), "a tower's adapter that is refused makes a device fail"
+    assert len(seen) == mechanism.steps
 
 
 def test_a_record_that_is_zeroed_moves_one_step_by_its_bounded_gradient() -> None:
