@@ -1,25 +1,30 @@
 """Training records, mined on the device from its own feedback and its own raw index.
 
 Each opened result becomes one record, from its own query alone: candidates are the nearest passages of the raw index to
-the query's vector under the *release* (no adapter), so removing a query changes no other record. Feedback is the only
+the query's vector under the *release* (no adapter), so removing a query changes no other record (but makes room for one that
+is older, where there are more than are trained on). Feedback is the only
 source: what a search showed but nobody opened, and whatever a semantic cache may serve, never becomes a record.
 
 With the query as the unit, one query must not enter more records than are accounted for. A text that was opened for two
 passages would give two, and its gradients would add up to twice the clip norm. So they are merged (`one_per_query`): a
 query is what the tower reads, its token ids, and its record has the passage that was opened last. The other way, to keep
 m records and account for m of them, costs m times the noise for every query, and most are opened once.
+
+There each query is also guarded by itself: one that cannot be read, encoded or searched keeps its place among the latest, is
+no record, and changes no other. If the device failed instead, one query would withdraw all the others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import logging
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from stillroom_client.device import Device
 from stillroom_client.encoder import Encoder
-from stillroom_client.held_back import held_back
+from stillroom_client.held_back import HeldBack, held_back
 from stillroom_client.training import Record
 
 MAXIMUM_RECORDS = 64
@@ -27,6 +32,8 @@ MAXIMUM_RECORDS = 64
 
 RECORDS_PER_QUERY = 1
 """Records that one query enters under `local`: a public constant, held by `one_per_query`."""
+
+_log = logging.getLogger(__name__)
 
 
 def mine_records(
@@ -48,8 +55,21 @@ def mine_records(
         held_back_share: of the queries, left out for evaluation.
     """
     split = held_back(device, held_back_share)
-    history = [(seen.query, seen.passage_id) for seen in device.feedback() if not split.holds(seen.query)]
-    opened = (_latest_of_each(history, encoder) if one_per_query else history)[-most:]
+    if not one_per_query:
+        opened = [(seen.query, seen.passage_id) for seen in device.feedback() if not split.holds(seen.query)]
+        return _mined(device, encoder, opened[-most:], candidates)
+    history = [(seen.query, seen.passage_id) for seen in device.feedback() if _trained_on(split, seen.query)]
+    records: list[Record] = []
+    for pair in _latest_of_each(history, encoder)[-most:]:
+        try:
+            records += _mined(device, encoder, [pair], candidates)
+        except Exception:
+            _log.exception("a query is no record: it cannot be encoded or searched")
+    return records
+
+
+def _mined(device: Device, encoder: Encoder, opened: Sequence[tuple[str, str]], candidates: int) -> list[Record]:
+    """A record for each query and its opened passage."""
     if not opened:
         return []
     queries = [query for query, _ in opened]
@@ -62,13 +82,25 @@ def mine_records(
     ]
 
 
+def _trained_on(split: HeldBack, query: str) -> bool:
+    """Whether a query is not held back; one that cannot be hashed is never scored either, and keeps its place here."""
+    try:
+        return not split.holds(query)
+    except Exception:
+        return True
+
+
 def _latest_of_each(history: Iterable[tuple[str, str]], encoder: Encoder) -> list[tuple[str, str]]:
     """The last opened result of each query, in the order in which they were opened."""
-    latest: dict[tuple[int, ...], tuple[str, str]] = {}
+    latest: dict[tuple[int, ...] | str, tuple[str, str]] = {}
     for query, passage in history:
-        (tokens,) = encoder.tokenize_queries([query])
-        latest.pop(tokens, None)  # to stand where it was opened last
-        latest[tokens] = (query, passage)
+        key: tuple[int, ...] | str
+        try:
+            (key,) = encoder.tokenize_queries([query])
+        except Exception:
+            key = query  # it fails again when it is mined, and until then it is itself alone
+        latest.pop(key, None)  # to stand where it was opened last
+        latest[key] = (query, passage)
     return list(latest.values())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -405,6 +406,38 @@ class TestMining:
         assert len(before) == len(after) == MAXIMUM_RECORDS
         gone = 40 - (len(history) - MAXIMUM_RECORDS)
         self.same(after[1:], before[:gone] + before[gone + 1 :])
+
+    @pytest.mark.parametrize("fault", ["not finite", "not encoded", "not read"])
+    def test_a_query_that_cannot_be_mined_is_no_record_and_changes_no_other(
+        self, device: Device, tiny_release: Release, fault: str
+    ) -> None:
+        """A device that fails as a whole withdraws all its records because of one, more than one query's worth."""
+
+        class Failing(Encoder):
+            def encode_queries(self, texts: Iterable[str]) -> NDArray[np.float32]:
+                vectors = super().encode_queries(texts := list(texts))
+                if "zip" in texts and fault == "not encoded":
+                    raise RuntimeError("the session failed")
+                return np.where([[text == "zip"] for text in texts], np.nan, vectors).astype(np.float32)
+
+            def tokenize_queries(self, texts: Iterable[str]) -> list[tuple[int, ...]]:
+                if "zip" in (texts := list(texts)) and fault == "not read":
+                    raise RuntimeError("the tokenizer failed")
+                return super().tokenize_queries(texts)
+
+        device.record(OPENED)
+        sound, failing = Encoder(tiny_release), Failing(tiny_release)
+        place = [query for query, _ in OPENED].index("zip")
+        assert place < len(OPENED) - 1, "nothing would come after it"
+        every = mine_records(device, sound, candidates=4, one_per_query=True)
+        others = [record for i, record in enumerate(every) if i != place]
+        self.same(mine_records(device, failing, candidates=4, one_per_query=True), others)
+        # It keeps its place: among the latest few, no older query enters for it.
+        few = len(OPENED) - place
+        self.same(mine_records(device, failing, candidates=4, one_per_query=True, most=few), others[place:])
+        device.erase_feedback()
+        device.record(pair for i, pair in enumerate(OPENED) if i != place)
+        self.same(mine_records(device, failing, candidates=4, one_per_query=True), others)
 
     def test_only_what_was_opened_becomes_a_record_and_a_search_changes_none(
         self, device: Device, tiny_release: Release, tmp_path: Path
