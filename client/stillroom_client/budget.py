@@ -97,6 +97,11 @@ class BudgetReport:
     left_epsilon: float | None
     left_participations: int
 
+    @property
+    def needs_limit(self) -> bool:
+        """The owner agreed to `local`, whose rounds are declined until a limit is set."""
+        return "local" in self.consent.mechanisms and self.consent.limit_epsilon is None
+
     def to_json(self) -> dict[str, Any]:
         """What `--json` prints; every epsilon stands beside its unit, delta and adversary."""
         coordinator = {"epsilon": None, "unit": self.own.unit, "adversary": COORDINATOR, "guarantee": "none"}
@@ -114,6 +119,7 @@ class BudgetReport:
                 "attempts": sum(spent.attempts for spent in self.spent),
                 "cap": self.consent.participations,
                 "left_attempts": self.left_participations,
+                "needs_limit": self.needs_limit,
             },
             "all_rounds": known | {"adversary": READERS, "rounds": self.released_rounds, "rehearsal": self.rehearsal},
             "coordinator": coordinator,
@@ -185,6 +191,8 @@ def _seen(rows: Sequence[Row], federation: str) -> Seen:
 def _participations_left(events: Sequence[Event], consent: Consent) -> int:
     """How many more attempts like the last one fit under cap and limit; the limit is asked by bisection."""
     most = max(0, consent.participations - len(events))
+    if events and isinstance(events[-1], LocalGaussian) and consent.limit_epsilon is None:
+        return 0
     if consent.limit_epsilon is None or not events or isinstance(events[-1], Unprotected):
         return most
     fits = 0

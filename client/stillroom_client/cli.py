@@ -200,7 +200,7 @@ def budget(
     """Show what this device has spent, on what, and what is left; change the limit; recover the ledger."""
     from stillroom_client.budget import budget_report
     from stillroom_client.participation import Consent, set_limit
-    from stillroom_client.participation import recover as replay
+    from stillroom_client.recovery import recover as replay
     from stillroom_shared.errors import DataError
 
     if limit is not None or delta is not None:

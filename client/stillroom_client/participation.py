@@ -5,54 +5,49 @@ from an observer), and an attempt that is already recorded is never answered aga
 
 Guarantees:
     - Cap and limit are checked inside the transaction that records the spend, over all federations together.
+    - Under `local`, where the coordinator is the adversary, the owner's limit has to be set: a cap on participations bounds
+      nothing for a query while whoever sends orders chooses their steps and noise, and the name of the next federation.
+      Within one federation every order costs what the first one did.
     - The key is saved after the ledger's genesis is on disk, so a key without a ledger always means a loss, never a start.
     - An attempt that is not joined is recorded too, at no cost: receipts then look the same either way. They are made
       before any document, query or feedback is read, so they cannot depend on them.
     - A coordinator whose ledger went back in time since this device last answered it gets zeros, until it comes forward.
-    - After a loss the ledger begins again with the receipts of a counterpart, and with every row of the damaged file whose
-      signature holds; the device then answers only federations whose receipts were replayed.
+    - After a loss (`stillroom_client.recovery`) the device answers only federations whose receipts were replayed.
 """
 
 from __future__ import annotations
 
-import secrets
+import math
 from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from stillroom_client.home import Identity
-from stillroom_client.separation import Turn, require_turn
+from stillroom_client.refusals import note_unjoined, note_unlisted, require_room
+from stillroom_client.separation import Turn, require_same_event, require_turn
 from stillroom_client.witness import answered, binding, require_forward
-from stillroom_shared.errors import (
-    BudgetError,
-    LedgerError,
-    LedgerLostError,
-    ProtocolError,
-    SettingsError,
-    StillroomError,
-)
-from stillroom_shared.events import event_from_json, event_to_json
+from stillroom_shared.accounting import epsilon
+from stillroom_shared.errors import BudgetError, LedgerError, ProtocolError, SettingsError
+from stillroom_shared.events import Event, event_to_json, in_one_unit
 from stillroom_shared.files import exclusive, replace_file
 from stillroom_shared.ledger import Budget, Ledger, Row
+from stillroom_shared.local_rounds import LocalRounds
 from stillroom_shared.mechanism import MechanismName
 from stillroom_shared.protocol import EvaluationOrder, RoundOrder
-from stillroom_shared.receipts import Attempt, Charges, Receipt, issue, lost, read_receipt
+from stillroom_shared.receipts import Attempt, Charges, Receipt, issue
 from stillroom_shared.signing import SigningKey
-from stillroom_shared.statement import OBSERVERS
+from stillroom_shared.statement import OBSERVERS, printed_epsilon
 
 LEDGER_FILE = "ledger.sqlite3"
 KEY_FILE = "device.key"
 CONSENT_FILE = "consent.json"
 Order = RoundOrder | EvaluationOrder
 """What a device can be asked to take part in; one cap, one limit and one numbering of attempts for both."""
-_ABOUT = {"device": True}
-_MOST_DECLINED = 2_000  # a coordinator that asks without end must not fill the disk
-_LONGEST_REASON = 500
-_NOT_JOINED = {"declined", "refused"}
+ABOUT = {"device": True}
+_AFFORDABLE = 100.0  # epsilon beyond which a loose figure is told: the tight one takes minutes
 
 
 class Consent(BaseModel):
@@ -64,7 +59,7 @@ class Consent(BaseModel):
         minimum_noise_multiplier: least noise, as a multiple of the sensitivity, under which it takes part.
         participations: a cap that is fixed in advance.
         limit_epsilon: the most that all participations together may cost, un-amplified, at `limit_delta`; None for no limit
-            besides the cap.
+            besides the cap, and then rounds under `local` are declined.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -130,20 +125,27 @@ def take_part(home: Path, order: Order) -> Receipt | None:
         The receipt that travels with the update, with this attempt on it; None where the owner named no federation.
 
     Raises:
-        BudgetError: the mechanism, its noise, the cap, the limit or the attempt is not agreed to.
+        BudgetError: the mechanism, its noise, the cap, the limit or the attempt is not agreed to; or, under `local`, there is
+            no limit, or other constants than at the first order of this federation.
         LedgerError: the device's ledger is gone or does not verify, so what was spent is unknown.
         ProtocolError: the order is for another federation than the device has joined, or older than one it has answered;
             or the coordinator's ledger went back in time.
     """
     consent = Consent.load(home)
     _require_agreed(consent, order, home)
-    event = order.build_mechanism().participation_event()
-    attempt, purpose = Attempt(order.round, order.attempt), _purpose(order.federation, order.round, order.attempt)
+    mechanism = order.build_mechanism()
+    event = mechanism.participation_event()
+    attempt, purpose = Attempt(order.round, order.attempt), purpose_of(order.federation, order.round, order.attempt)
     turn = None
     if isinstance(order, EvaluationOrder):
         purpose["evaluation"] = order.evaluation
     elif order.schedule is not None:
-        turn = Turn(**purpose, separation=order.schedule.separation, participations=order.schedule.participations)
+        turn = Turn(
+            **purpose,
+            separation=order.schedule.separation,
+            participations=order.schedule.participations,
+            training=asdict(mechanism.training) if isinstance(mechanism, LocalRounds) else None,
+        )
         purpose = turn.purpose()
 
     def allowed(joined: list[dict[str, Any]]) -> None:
@@ -151,6 +153,10 @@ def take_part(home: Path, order: Order) -> Receipt | None:
             raise BudgetError(f"{purpose} was answered already: an attempt is never answered twice")
         if turn is not None:
             require_turn(turn, joined, every_attempt=order.mechanism == "local")
+        now = ledger.rows()
+        if not isinstance(order, EvaluationOrder):
+            require_same_event(event, order.federation, now)
+        require_room(now, order.federation)
         if len(joined) >= consent.participations:
             raise BudgetError(
                 f"participation {len(joined) + 1} is over the cap of {consent.participations} in {home / CONSENT_FILE}"
@@ -168,11 +174,15 @@ def take_part(home: Path, order: Order) -> Receipt | None:
                 "in time; it must not release again what it has charged once"
             )
         require_forward(rows, order.federation, order.ledger)
+        if isinstance(mechanism, LocalRounds) and consent.limit_epsilon is None:
+            raise BudgetError(_without_limit(home, mechanism, ledger.events(), consent.limit_delta))
         seen = {"ledger": order.ledger.position.model_dump()} if order.ledger else {}
         try:
+            allowed(ledger.purposes())  # before the accountant, which an absurd order would keep busy; again inside
             ledger.spend(event, budget=consent.budget, purpose=purpose, allowed=allowed, beside=seen)
         except BudgetError as error:
-            _note(ledger, {"declined": purpose, "event": event_to_json(event), **seen}, error)
+            fields = {"declined": purpose, "event": event_to_json(event), **seen}
+            note_unjoined(ledger, fields, error, named=consent.federation is not None)
             raise
         if consent.federation is None:
             return None
@@ -195,10 +205,16 @@ def refuse(home: Path, order: Order, why: Exception) -> Receipt | None:
     attempt = Attempt(order.round, order.attempt)
     with open_ledger(home) as ledger:
         charges = answered(ledger.rows(), order.federation)
-        if attempt not in charges:
-            purpose = _purpose(order.federation, *attempt)
-            if _note(ledger, {"refused": purpose, "event": event_to_json(event)}, why):
-                charges[attempt] = event
+        purpose = purpose_of(order.federation, *attempt)
+        if attempt in charges:
+            note_unlisted(ledger, purpose, why)
+        elif note_unjoined(
+            ledger,
+            {"refused": purpose, "event": event_to_json(event)},
+            why,
+            named=consent.federation is not None,
+        ):
+            charges[attempt] = event
     return None if consent.federation is None else _receipt(home, charges, order.federation)
 
 
@@ -213,7 +229,7 @@ def open_ledger(home: Path) -> Ledger:
         with exclusive(home):
             if not key_path.exists():
                 _begin(ledger_path, key_path)
-    return Ledger.resume(ledger_path, key=SigningKey.load(key_path), about=_ABOUT)
+    return Ledger.resume(ledger_path, key=SigningKey.load(key_path), about=ABOUT)
 
 
 def device_receipt(home: Path, federation: str) -> Receipt:
@@ -238,53 +254,6 @@ def _receipt(home: Path, charges: Charges, federation: str) -> Receipt:
     return issue("device", charges, federation=federation, device=identity.name, key=key)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Recovery:
-    """What `recover` did. `salvaged` counts spends taken over from a damaged ledger, None when it was sound."""
-
-    federation: str
-    witnessed: int
-    added: int
-    salvaged: int | None
-
-
-def recover(home: Path, content: bytes) -> Recovery:
-    """Replay a coordinator's receipt about this device: what the ledger lacks is charged, nothing is taken back.
-
-    A ledger that is gone or damaged begins again, with what can be salvaged of it; the damaged file stays beside it.
-
-    Raises:
-        ProtocolError: the receipt is not of the trusted operator, not about this device, or of a federation it did not join.
-        LedgerError: the device's key is gone.
-    """
-    identity, consent = Identity.load(home), Consent.load(home)
-    receipt = read_receipt(
-        content, by="coordinator", device=identity.name, federation=consent.federation, public_key=identity.trusted_key
-    )
-    salvaged: int | None = None
-    try:
-        ledger = open_ledger(home)
-    except LedgerLostError:
-        with exclusive(home):
-            salvaged = _begin_again(home)
-        ledger = open_ledger(home)
-    with ledger:
-        missing = lost(receipt.charges, answered(ledger.rows(), receipt.federation))
-        spends = [(receipt.charges[attempt], _purpose(receipt.federation, *attempt)) for attempt in missing]
-        added = ledger.recover(spends, note={"replayed": receipt.federation})
-    return Recovery(federation=receipt.federation, witnessed=len(receipt.charges), added=added, salvaged=salvaged)
-
-
-def _note(ledger: Ledger, fields: dict[str, Any], why: Exception) -> bool:
-    """Record an attempt that is not joined; False when there are too many of them already."""
-    earlier = [row for row in ledger.rows() if row.kind == "note" and not row.fields.keys().isdisjoint(_NOT_JOINED)]
-    if len(earlier) >= _MOST_DECLINED:
-        return False
-    reason = str(why)[:_LONGEST_REASON] if isinstance(why, StillroomError) else type(why).__name__
-    ledger.record({**fields, "reason": reason})
-    return True
-
-
 def _require_agreed(consent: Consent, order: Order, home: Path) -> None:
     if consent.federation not in (None, order.federation):
         raise ProtocolError(
@@ -301,6 +270,21 @@ def _require_agreed(consent: Consent, order: Order, home: Path) -> None:
         )
 
 
+def _without_limit(home: Path, mechanism: LocalRounds, before: list[Event], delta: float) -> str:
+    """What the owner reads who agreed to `local` and set no limit: the command, with what the run would need."""
+    unit, events = in_one_unit([*before, mechanism.event()])
+    cost = epsilon(events, delta, "RDP")  # quick and never too small; PLD of millions of steps is neither
+    cost = epsilon(events, delta) if cost < _AFFORDABLE else cost
+    finite = math.isfinite(cost)
+    return (
+        "`local` needs a limit, because it promises something against the coordinator, who sends the orders: set one with "
+        f"`stillroom budget --home {home} --limit {printed_epsilon(cost) if finite else 'EPSILON'}`. With what was spent "
+        f"before, the {mechanism.participations} trainings that this run may ask for cost "
+        + (f"epsilon {printed_epsilon(cost)}" if finite else "more than any epsilon")
+        + f" ({unit} level, delta {delta:.1e}, against {OBSERVERS})"
+    )
+
+
 def _require_replayed(rows: Sequence[Row], federation: str) -> None:
     """After a loss, what was spent on a federation is unknown until its coordinator said what it saw."""
     notes = [row.fields for row in rows if row.kind == "note"]
@@ -311,7 +295,8 @@ def _require_replayed(rows: Sequence[Row], federation: str) -> None:
         )
 
 
-def _purpose(federation: str, round_number: int, attempt: int) -> dict[str, Any]:
+def purpose_of(federation: str, round_number: int, attempt: int) -> dict[str, Any]:
+    """What the ledger records of an attempt, without the limits of its run."""
     return {"federation": federation, "round": round_number, "attempt": attempt}
 
 
@@ -324,23 +309,5 @@ def _begin(ledger_path: Path, key_path: Path) -> None:
                     f"{key_path} is gone but {ledger_path} holds spends: restore the key beside its ledger"
                 )
     key = SigningKey.generate()
-    Ledger.begin(ledger_path, key=key, about=_ABOUT)
+    Ledger.begin(ledger_path, key=key, about=ABOUT)
     key.save(key_path)
-
-
-def _begin_again(home: Path) -> int:
-    """A new ledger in place of one that is lost, with the rows of it that hold; how many spends those are."""
-    ledger_path = home / LEDGER_FILE
-    key = SigningKey.load(home / KEY_FILE) if (home / KEY_FILE).exists() else None
-    if key is None:
-        raise LedgerError(
-            f"{home / KEY_FILE} is gone: restore the key, without it no row can be told from a forged one"
-        )
-    rows: list[Row] = []
-    with suppress(LedgerLostError), Ledger.open(ledger_path, public_key=key.public) as damaged:
-        rows = damaged.genuine()
-    if ledger_path.exists():
-        (home / f"{LEDGER_FILE}.damaged-{secrets.token_hex(4)}").hardlink_to(ledger_path)
-    spends = [(event_from_json(row.fields["event"]), row.fields["purpose"]) for row in rows if row.kind == "spend"]
-    Ledger.begin(ledger_path, key=key, about=_ABOUT, note={"begun_again": True}, spends=spends)
-    return len(spends)

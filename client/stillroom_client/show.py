@@ -96,6 +96,8 @@ def _notes(report: BudgetReport) -> list[str]:
             notes.append(f"The last order of {plain(seen.federation)} was not followed: {plain(seen.refused)}")
     if report.rehearsal:
         notes.append("Rehearsal: the noise of the rounds came from a known seed, and binds nobody who knows it.")
+    if report.needs_limit:
+        notes.append("Rounds under `local` are declined until a limit is set: `stillroom budget --limit EPSILON`.")
     if report.left_participations == 0:
         notes.append("Nothing is left: this device declines every round. The owner may raise the limit.")
     return notes

@@ -2,7 +2,8 @@
 
 Pure functions over the rows of an open ledger. Rows name an attempt as the purpose of a spend, as `declined` (for want of
 budget) or as `refused` (anything else); receipts list the three alike. A refused attempt binds nobody: the order of a
-coordinator that restored the wrong copy must not make those of the right one look late.
+coordinator that restored the wrong copy must not make those of the right one look late. `unlisted` are refusals that only the
+owner reads: of an attempt that is listed already, or comes too late for the list (`stillroom_client.refusals`).
 """
 
 from __future__ import annotations
@@ -56,8 +57,14 @@ def require_forward(rows: Sequence[Row], federation: str, shown: LedgerHead | No
 
 def why_refused(rows: Sequence[Row], federation: str) -> str | None:
     """Why the last order of a federation was declined or refused; None when it was joined."""
-    found = [fields for _, fields in _attempts(rows, federation, _SHOWN)]
-    return found[-1].get("reason") if found else None
+    last = last_row(rows, federation)
+    return None if last is None else last.get("reason")
+
+
+def last_row(rows: Sequence[Row], federation: str) -> dict[str, Any] | None:
+    """The fields of the last row about an attempt of a federation; None before the first."""
+    found = [fields for _, fields in _attempts(rows, federation, (*_SHOWN, "unlisted"))]
+    return found[-1] if found else None
 
 
 def _attempts(rows: Sequence[Row], federation: str, keys: Sequence[str]) -> Iterator[tuple[Attempt, dict[str, Any]]]:

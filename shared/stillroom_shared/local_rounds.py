@@ -4,10 +4,14 @@ A device's update is the output of DP-SGD on its own records (`stillroom_shared.
 afterwards is post-processing: travelling as integers, the sum, the server's step, the release. So the same epsilon, for one
 query, holds against readers of releases, peers, observers of the network, and the coordinator itself.
 
-Guarantees (query level, adjacency zero-out; a device trains at most `participations` times, whoever asks):
-    - The cap is the device's own: `stillroom_client.separation` counts its attempts in its ledger before it trains. An attempt
-      that is asked for again after a crash of the server uses up a participation like any other, because what was answered
-      before may have been seen. So one charge before the first round covers every retry.
+Guarantees (query level, adjacency zero-out):
+    - In one federation a device trains at most `participations` times, each time under the constants of `training`, whoever
+      sends the orders: `stillroom_client.separation` compares them with its ledger before it trains. An attempt that is asked
+      for again after a crash of the server uses up a participation like any other, because what was answered before may have
+      been seen. So one charge before the first round covers every retry.
+    - The constants are those of the first order that a device joined. A coordinator that sends other ones to begin with, or
+      orders of many federations, is bounded by the owner's limit over all of them, without which a device declines
+      (`stillroom_client.participation`). A device whose ledger went back in time is held to what is left of it.
     - No amplification by cohort is claimed: whose turn it is, is public. That by the coins for records is in the event.
     - A device that declines, fails, or has nothing answers noise of the same distribution, drawn without reading a record.
 

@@ -9,7 +9,7 @@
 The receipt tells which attempts of this federation the device was asked for, this one included, and travels where the
 owner named the federation; it is a function of orders and of the device's ledger, never of documents, queries or
 feedback, and is the same whether the device trained, declined or failed (`receipts.py`). It names every attempt each
-time: what grows is bounded by the owner's cap on participations, 8 bytes for each, and 128 KiB are refused.
+time: a device lists at most 2,000 of a federation, some 8 bytes for each, and 128 KiB are refused.
 
 No metrics, no counts, no exception text: each would be a release that nobody accounted for. Both sides parse strictly;
 anything else in a message is a `ProtocolError` (on the server: a zero update).

@@ -26,7 +26,6 @@ from transformers import BertModel
 
 from stillroom_client.device import Device
 from stillroom_client.held_back import set_held_back_key
-from stillroom_client.participation import Consent
 from stillroom_server.coordinate import RoundReport
 from stillroom_server.distil import distil, public_lessons
 from stillroom_server.publish import publish_release
@@ -36,6 +35,7 @@ from stillroom_shared.progress import Progress, Stage
 from stillroom_shared.settings import RoundsSettings, Settings
 from stillroom_simulations.federation import BatchedUpdates, make_plan, run_federation
 from stillroom_simulations.memory import keep_freed_memory
+from stillroom_simulations.owners import CONSENT, agree
 from stillroom_simulations.population import opened_results
 from stillroom_simulations.report import write_report
 from stillroom_simulations.results import Results
@@ -71,9 +71,6 @@ _FORECAST = {
         "report": 2.0,
     },
 }
-
-CONSENT = Consent(mechanisms=("central", "correlated", "local", "none"), minimum_noise_multiplier=0.25)
-"""What the owners of simulated devices agree to; with less noise than that nothing is certified anyway."""
 
 
 def run_demo(settings: Settings, *, out: Path, console: Console) -> None:
@@ -211,6 +208,7 @@ class DemoRun(RunContext):
                 seed=f"{self.settings.seed}",
                 evaluation=self.settings.evaluation,
             )
+            agree([self.homes[device.name] for device in self.population], plan, self.release.adapter_spec.size)
             run_federation(
                 home,
                 plan,

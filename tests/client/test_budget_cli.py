@@ -23,6 +23,7 @@ from stillroom_client.participation import (
     LEDGER_FILE,
     Consent,
     device_receipt,
+    refuse,
     take_part,
 )
 from stillroom_client.witness import answered
@@ -33,7 +34,7 @@ from stillroom_shared.errors import BudgetError, LedgerError, LedgerLostError, P
 from stillroom_shared.events import Event, SampledGaussian
 from stillroom_shared.ledger import Ledger
 from stillroom_shared.protocol import RoundOrder
-from stillroom_shared.receipts import Attempt, issue, lost, read_receipt
+from stillroom_shared.receipts import Attempt, Receipt, issue, lost, read_receipt
 from stillroom_shared.release import Release, seal_adapter
 from stillroom_shared.signing import SigningKey
 from stillroom_shared.statement import statement
@@ -323,17 +324,79 @@ def test_a_receipt_says_nothing_of_other_federations(home: Path) -> None:
     read_receipt(busy.encode(), by="device", device="d7", federation="f", public_key=None)
 
 
+def ask(home: Path, asked: RoundOrder) -> Receipt | None:
+    """What the app does with an order, all but the training."""
+    try:
+        return take_part(home, asked)
+    except Exception as error:
+        return refuse(home, asked, error)
+
+
+def test_where_a_receipt_ends_follows_from_the_orders_of_its_federation_alone(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bound on unjoined attempts, or one over all federations, ends the list where other federations' spends say."""
+    monkeypatch.setattr("stillroom_client.refusals.MOST_LISTED", 4)
+    twin, budget = home.parent / "twin", epsilon([SPENT] * 3, 1e-5) + 1e-6
+    take_part(home, order(1))
+    shutil.copytree(home, twin)
+    Consent(federation="another", limit_epsilon=budget).save(home)
+    for number in range(1, 9):  # two are joined and six are not
+        ask(home, order(number, federation="another"))
+    Consent(federation="f", limit_epsilon=budget).save(home)
+    Consent(federation="f").save(twin)
+    for number in range(2, 9):
+        busy, idle = ask(home, order(number)), ask(twin, order(number))
+        assert busy is not None and busy == idle
+        assert list(busy.charges) == [Attempt(earlier, 1) for earlier in range(1, min(number, 4) + 1)]
+    assert joined(home) == [1, 1, 2], "of f, another, another"
+    assert joined(twin) == [1, 2, 3, 4], "what is joined and not listed would tell from what is not joined"
+    found = shown(twin)
+    assert "4 attempts of 'f' were asked for" in found["coordinators"][0]["refused"]
+
+
 def test_declining_does_not_fill_the_disk(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A coordinator that asks without end would grow the ledger by a row each time."""
-    monkeypatch.setattr("stillroom_client.participation._MOST_DECLINED", 3)
+    """A coordinator that asks without end, under one name or many, would grow the ledger by a row each time."""
+    monkeypatch.setattr("stillroom_client.refusals.MOST_LISTED", 3)
     Consent(participations=0).save(home)
     for number in range(1, 8):
-        with pytest.raises(BudgetError, match="over the cap of 0"):
+        with pytest.raises(BudgetError, match=r"over the cap of 0|3 attempts of 'f' were asked for"):
             take_part(home, order(number))
+        ask(home, order(number))
+        ask(home, order(number, federation=f"name {number}"))
     with Ledger.open(home / LEDGER_FILE) as ledger:
-        assert list(answered(ledger.rows(), "f")) == [Attempt(1, 1), Attempt(2, 1), Attempt(3, 1)]
+        rows = ledger.rows()
+        assert sum(len(answered(rows, name)) for name in ("f", *(f"name {number}" for number in range(1, 8)))) == 3
         assert ledger.events() == []
-    assert shown(home)["spent"] == [{"federation": "f", "rounds": 0, "attempts": 0, "declined": 3}]
+    assert len(rows) <= 1 + 2 * 3
+    assert sum(spent["declined"] for spent in shown(home)["spent"]) == 3
+
+
+def test_a_repeated_attempt_is_shown_to_the_owner_and_on_no_receipt(home: Path) -> None:
+    """A coordinator that was restored from an old copy repeats rounds: the owner is the one who can tell somebody."""
+    Consent(federation="f").save(home)
+    for number in (1, 2, 3):
+        ask(home, order(number))
+    assert shown(home)["coordinators"][0]["refused"] is None
+    before = device_receipt(home, "f")
+    for _ in range(20):
+        for number in (2, 3):
+            assert ask(home, order(number)) == before
+    (seen,) = shown(home)["coordinators"]
+    assert "answered already: an attempt is never answered twice" in seen["refused"]
+    assert "The last order of f was not followed" in run("--home", home).stdout
+    with Ledger.open(home / LEDGER_FILE) as ledger:
+        assert len(ledger.rows()) == 1 + 3 + 1, "once, however often"
+    ask(home, order(4))
+    assert shown(home)["coordinators"][0]["refused"] is None and joined(home) == [1, 2, 3, 4]
+
+
+def test_an_owner_who_agreed_to_local_without_a_limit_is_told(home: Path) -> None:
+    """Every round is declined then, and a device that only waits looks as if nobody asked."""
+    Consent(mechanisms=("local",)).save(home)
+    assert shown(home)["own_participations"]["needs_limit"]
+    assert "`stillroom budget --limit EPSILON`" in run("--home", home).stdout
+    assert not shown(home, "--limit", "2")["own_participations"]["needs_limit"]
 
 
 def test_looking_at_no_device_makes_nothing(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from stillroom_client.app import HOME_KEY, client_app
 from stillroom_client.device import Device
-from stillroom_client.participation import LEDGER_FILE, Consent
+from stillroom_client.participation import LEDGER_FILE, Consent, take_part
 from stillroom_client.private_training import PrivateTrainer
 from stillroom_client.training import Trainer
 from stillroom_server.app import HOME_KEY as COORDINATOR_HOME
@@ -34,6 +34,7 @@ from stillroom_simulations.federation import (
     mine_population,
     run_federation,
 )
+from stillroom_simulations.owners import CONSENT, agree
 
 ROUNDS = RoundsSettings(
     rounds=2, sampling_rate=1.0, noise_multiplier=1.0, budget_epsilon=100.0, candidates=3, delta=1e-3
@@ -138,6 +139,7 @@ def test_a_target_epsilon_is_calibrated_and_the_baseline_has_no_noise(tiny_relea
     assert plan_for(tiny_release, baseline).noise_multiplier is None
 
 
+BASELINE = RoundsSettings(mechanism="none", clip_norm=None, noise_multiplier=None)
 LOCAL = RoundsSettings(
     mechanism="local",
     rounds=4,
@@ -156,11 +158,15 @@ def test_under_local_the_devices_ledgers_hold_what_the_statement_says_against_ev
 ) -> None:
     """A cost that the coordinator states and no device enforces rests on trust in the coordinator, who is an adversary."""
     homes = settle(tmp_path / "devices", tiny_release)
-    for home in homes:
-        Consent(mechanisms=("local",)).save(home)
     records = mine_population(homes, tiny_release, candidates=3, threads=1, one_per_query=True, most=4)
     updates = BatchedUpdates(Trainer(tiny_release.folder, tiny_release.adapter_spec), records, seed="s")
     plan = plan_for(tiny_release, LOCAL)
+    for home in homes:  # what an earlier federation of the simulation gave away is not held against this one
+        CONSENT.save(home)
+        earlier = plan_for(tiny_release, BASELINE).order(round_number=1, attempt=1, release="r", dimension=9)
+        take_part(home, earlier.model_copy(update={"federation": "earlier"}))
+    limit = agree(homes, plan, tiny_release.adapter_spec.size).limit_epsilon
+    assert limit is not None
     run_federation(tmp_path / "f", plan, homes, updates, operator=signing_key, block=3)
     with Coordinator(tmp_path / "f") as coordinator:
         made, run = coordinator.statement(), coordinator.ledger.events()
@@ -169,6 +175,8 @@ def test_under_local_the_devices_ledgers_hold_what_the_statement_says_against_ev
     assert 2.9 < made.epsilon_pld <= 3.0
     assert set(made.against.values()) == {made.epsilon_pld}
     assert len(run) == 1
+    assert made.epsilon_pld <= limit < made.epsilon_pld + 0.011
+    agree(homes, plan, tiny_release.adapter_spec.size)  # as when it is resumed
     for home in homes:
         with Ledger.open(home / LEDGER_FILE) as ledger:
             own = ledger.events()
