@@ -129,9 +129,7 @@ class TestParticipation:
             {"mechanism": "central", "schedule": None, "records": None, "record_rate": None},
         ],
     )
-    def test_a_run_is_held_to_the_constants_of_its_first_order(
-        self, tmp_path: Path, changes: dict[str, object]
-    ) -> None:
+    def test_a_run_is_held_to_the_constants_of_its_first_order(self, tmp_path: Path, changes: dict[str, Any]) -> None:
         """The run is charged for those: more steps, less noise or a higher rate later cost what nobody was told of."""
         AGREED.model_copy(update={"mechanisms": ("local", "central")}).save(tmp_path)
         take_part(tmp_path, order(1))
