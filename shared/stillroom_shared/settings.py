@@ -200,7 +200,6 @@ SCALES: Mapping[str, Mapping[str, object]] = {
         "population.distractors_median": 200,
         "rounds.rounds": 20,
         "rounds.noise_multiplier": 1.25,
-        "rounds.averaging": 0.75,
         "rounds.server_learning_rate": 3.0,
         "evaluation.noise_multiplier": 4.0,
         "nonprivate.rounds": 30,
