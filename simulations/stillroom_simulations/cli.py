@@ -276,7 +276,7 @@ def bench_privacy(
     ] = None,
     silos: Annotated[
         list[Path] | None,
-        typer.Option(help="Another, whose owners are one device each, under local only; may be repeated."),
+        typer.Option(help="Measure this one of them with one device for each owner too; may be repeated."),
     ] = None,
     families: Annotated[
         str, typer.Option(help="Which to measure, comma-separated.")

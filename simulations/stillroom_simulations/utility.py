@@ -17,7 +17,8 @@ The non-private arm is unclipped and has its own settings. A goal holds when the
 | `local-E` | query | whose turn it is; the noise is the device's own |
 
 With silos every owner of a corpus is one device that holds all its passages and asks thousands of queries, as a hospital or a
-publisher would: few of them, so nothing is promised about a whole one, and `local` is the only family.
+publisher would: few of them, so nothing is promised about a whole one, and `local` is the only family. Its share is that of
+the non-private gain of the same texts on many devices, which the few hardly reach.
 """
 
 from __future__ import annotations
@@ -69,8 +70,6 @@ _SILOS = {"separation": 1, "records": 3_072, "record_rate": 0.25}
 """Rounds of silos: all of them in each, and room for the queries of the largest."""
 _EMPTY_PLACES = 4.0
 """Of those places hardly a quarter holds a query, and the mean is over all: the server's step makes up for it."""
-_SILOS_IN_A_ROUND = 0.3
-"""Chance of a silo to be in a round of the non-private arm, which trains on all of its queries at once."""
 
 _STAGES = ("corpus", "teacher", "distil", "release", "devices")
 _FORECAST = {"corpus": 5.0, "teacher": 550.0, "distil": 450.0, "release": 15.0, "devices": 420.0}
@@ -123,9 +122,13 @@ def bench_privacy(
 
     Args:
         data: folders to measure on beside the docstrings.
-        silos: folders whose owners are one device each; `local` only.
+        silos: which of them to measure with owners that are one device each too; `local` only.
         command: what was asked for, as the benchmark file says it.
+
+    Raises `SettingsError` for silos that are not among `data`.
     """
+    if apart := set(silos) - set(data):
+        raise SettingsError(f"silos {apart.pop()} have no devices to compare with: name the folder with --data too")
     keep_freed_memory()
     torch.set_num_threads(settings.speed.threads)
     by_corpus: dict[str, list[Outcomes]] = {}
@@ -133,19 +136,25 @@ def bench_privacy(
     for seed in seeds:
         own = settings.model_copy(update={"seed": seed, "distil": settings.distil.model_copy(update={"seed": seed})})
         origin = folder / f"seed-{seed}"
-        runs = {"": (DemoRun(own, origin), families)}
-        for source in data:
-            run = DemoRun(_elsewhere(own, source, origin), folder / f"{source.name}-seed-{seed}")
-            runs[source.name] = (run, families)
-        for source in silos:
-            apart = _as_silos(_elsewhere(own, source, origin))
-            run = DemoRun(apart, folder / f"{source.name}-silos-seed-{seed}")
-            runs[f"{source.name}, silos"] = (run, [family for family in families if family == "local"])
-        for called, (run, wanted) in runs.items():
+        runs = {"": DemoRun(own, origin)}
+        runs |= {
+            path.name: DemoRun(_elsewhere(own, path, origin), folder / f"{path.name}-seed-{seed}") for path in data
+        }
+        baselines = {}
+        for called, run in runs.items():
             console.print(f"{run.out}", markup=False)
-            name, found = run_arms(run, arms(run.settings, wanted), console)
+            name, found = run_arms(run, arms(settings, families), console)
             by_corpus.setdefault(called or name, []).append(found)
             corpora[called or name] = describe(run)
+            baselines[called] = found[NONPRIVATE]
+        for path in silos:
+            run = DemoRun(_as_silos(_elsewhere(own, path, origin)), folder / f"{path.name}-silos-seed-{seed}")
+            console.print(f"{run.out}", markup=False)
+            wanted = arms(run.settings, [family for family in families if family == "local"])
+            del wanted[NONPRIVATE]
+            _, found = run_arms(run, wanted, console)
+            by_corpus.setdefault(f"{path.name}, silos", []).append({**found, NONPRIVATE: baselines[path.name]})
+            corpora[f"{path.name}, silos"] = describe(run)
     content = benchmark(by_corpus, corpora, seeds) | {
         "command": command,
         "commit": commit(),
@@ -172,7 +181,6 @@ def _as_silos(settings: Settings) -> Settings:
         update={
             "population": settings.population.model_copy(update={"silos": True}),
             "rounds": settings.rounds.model_copy(update=_SILOS | {"server_learning_rate": step}),
-            "nonprivate": settings.nonprivate.model_copy(update={"sampling_rate": _SILOS_IN_A_ROUND}),
         }
     )
 

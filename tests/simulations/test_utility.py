@@ -133,7 +133,7 @@ def test_a_bench_on_two_corpora_is_measured_drawn_and_resumed(
     small: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Hours of work must not depend on one uninterrupted process, nor a second corpus on distilling again."""
-    monkeypatch.setattr(utility, "EPSILONS", {"central": (8.0,), "turns": (8.0,), "local": (8.0,)})
+    monkeypatch.setattr(utility, "EPSILONS", {"central": (8.0,), "local": (8.0,)})
     out, chart = tmp_path / "privacy.json", tmp_path / "privacy.svg"
     other = tmp_path / "others"
     shutil.copytree(small["corpus.data"], other)
@@ -141,7 +141,7 @@ def test_a_bench_on_two_corpora_is_measured_drawn_and_resumed(
     def run() -> str:
         shown = Console(file=io.StringIO(), width=100)
         bench_privacy(
-            load_settings(None, small), seeds=[0], data=[], silos=[other], families=["central", "turns", "local"],
+            load_settings(None, small), seeds=[0], data=[other], silos=[other], families=["central", "local"],
             folder=tmp_path / "runs", out=out, chart=chart, console=shown, command="stillroom bench privacy --seeds 0",
         )  # fmt: skip
         assert isinstance(shown.file, io.StringIO)
@@ -149,12 +149,15 @@ def test_a_bench_on_two_corpora_is_measured_drawn_and_resumed(
 
     first = run()
     made = json.loads(out.read_text())
-    assert set(made["corpora"]) == {"texts", "others, silos"}
+    assert set(made["corpora"]) == {"texts", "others", "others, silos"}
     assert made["command"] == "stillroom bench privacy --seeds 0"
     apart = made["corpora"]["others, silos"]
-    assert apart["starts_from_another_corpus"] and apart["devices"] == 3 < made["corpora"]["texts"]["devices"]
+    assert apart["starts_from_another_corpus"] and apart["devices"] == 2 < made["corpora"]["texts"]["devices"]
     assert not (tmp_path / "runs" / "others-silos-seed-0" / "student").exists()
-    measured = {"texts": ["central-8", "turns-8", "local-8"], "others, silos": ["local-8"]}
+    both = ["central-8", "local-8"]
+    measured = {"texts": both, "others": both, "others, silos": ["local-8"]}
+    baselines = [made["figures"][f"{on}.nonprivate.ndcg_at_10"] for on in ("others", "others, silos")]
+    assert baselines[0]["value"] == baselines[1]["value"], "silos are compared with the same texts on many devices"
     assert set(made["privacy"]) == {f"{on}.{arm}" for on, arms in measured.items() for arm in arms}
     for name, spent in made["privacy"].items():
         assert 0 < spent["epsilon"] <= 8, name
@@ -164,3 +167,8 @@ def test_a_bench_on_two_corpora_is_measured_drawn_and_resumed(
     assert first.count("from an earlier run") < run().count("from an earlier run")
     again = json.loads(out.read_text())
     assert again["figures"] == made["figures"]
+    with pytest.raises(SettingsError, match="have no devices to compare with"):
+        bench_privacy(
+            load_settings(None, small), seeds=[0], data=[], silos=[other], families=["local"], folder=tmp_path / "runs",
+            out=out, chart=chart, console=Console(file=io.StringIO()),
+        )  # fmt: skip
