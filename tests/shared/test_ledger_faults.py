@@ -78,7 +78,7 @@ def test_killed_at_random_times(folder: Path) -> None:
     """SIGKILL does not wait for the end of a line: inside a commit, a journal is left for the next start."""
     found = faults("random", folder)
     assert found["failures"] == []
-    assert found["points"] == 60 and found["released"] > 10 and found["journals"] >= 1
+    assert found["points"] >= 60 and found["released"] > 10 and found["journals"] >= 1
 
 
 def test_concurrent_processes_never_pass_the_budget_nor_fork_the_chain(folder: Path) -> None:
