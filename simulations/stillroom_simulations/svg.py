@@ -22,6 +22,7 @@ text{font:13px system-ui,-apple-system,"Segoe UI",Roboto,sans-serif;font-variant
 .end{text-anchor:end}.mid{text-anchor:middle}.hero-text{fill:var(--hero)}.rule{stroke:var(--rule)}
 .reference{stroke:var(--faint);stroke-dasharray:2 3}.mark{stroke:var(--faint);fill:var(--faint)}
 .hero{stroke:var(--hero);fill:var(--hero)}.whisker{stroke-width:1.75}
+.line{fill:none;stroke-width:1.75}.thin{stroke-width:1.25}
 """
 _MARGIN = 24
 

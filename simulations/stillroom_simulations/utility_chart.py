@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from stillroom_shared.statement import READERS
@@ -19,6 +19,9 @@ FAMILIES = {
 }
 """Families of arms, in the words of the chart; the first is drawn as the hero."""
 
+Curves = Mapping[str, Sequence[tuple[float, Mapping[str, Any]]]]
+"""(target epsilon, figure) by family, ascending."""
+
 _HEIGHT = 236
 _NUDGE = 5  # pixels between the whiskers of families at one epsilon
 
@@ -26,30 +29,29 @@ _NUDGE = 5  # pixels between the whiskers of families at one epsilon
 def utility_chart_svg(benchmark: Mapping[str, Any]) -> str:
     """The content of a benchmark file of `stillroom bench privacy` as a picture that stands alone."""
     body, words, top = "", [], 0.0
-    for corpus in benchmark["corpora"]:
-        if not _curves(benchmark, corpus):
-            continue
-        drawn, said = _panel(benchmark, corpus, top)
+    panels = {corpus: curves for corpus in benchmark["corpora"] if (curves := _curves(benchmark, corpus))}
+    targets = sorted({target for curves in panels.values() for curve in curves.values() for target, _ in curve})
+    for corpus, curves in panels.items():
+        drawn, said = _panel(corpus, curves, targets, top)
         body += drawn
         words.append(said)
         top += _HEIGHT + 84
-    deltas = sorted({f"{spent['delta']:.1e}" for spent in benchmark["privacy"].values()})
+    deltas = sorted({spent["delta"] for spent in benchmark["privacy"].values()}, reverse=True)
     note = (
-        f"epsilon against {READERS} at delta {' or '.join(deltas)}, user level (local: query level); "
-        "against the coordinator: none, but under local the same"
+        f"epsilon against {READERS}, user level (local: query level), at",
+        f"delta {', '.join(f'{delta:.1e}' for delta in deltas)}; against the coordinator: none, but under local the same",
     )
-    body += svg.text(0, top, note, "soft small")
-    return svg.standalone(WIDE, top, f"Share of the non-private gain that survives; {note}. {' '.join(words)}", body)
+    for place, line in enumerate(note):
+        body += svg.text(0, top + 18 * place, line, "soft small")
+    said = f"Share of the non-private gain that survives; {' '.join(note)}. {' '.join(words)}"
+    return svg.standalone(WIDE, top + 18, said, body)
 
 
-def _panel(benchmark: Mapping[str, Any], corpus: str, top: float) -> tuple[str, str]:
-    """One corpus, from `top` on, and the same in words."""
-    curves = _curves(benchmark, corpus)
+def _panel(corpus: str, curves: Curves, targets: Sequence[float], top: float) -> tuple[str, str]:
+    """One corpus, from `top` on, over the epsilons of all, and the same in words."""
     left, right, floor = 38, WIDE - 168, top + _HEIGHT
-    points = [point for curve in curves.values() for point in curve]
-    ends = [end for _, figure in points for end in figure["interval"]]
+    ends = [end for curve in curves.values() for _, figure in curve for end in figure["interval"]]
     y = Scale.around([0.0, 1.0, *ends], floor, top + 34)
-    targets = sorted({target for target, _ in points})
     x = Scale(math.log2(targets[0]), max(math.log2(targets[-1]), math.log2(targets[0]) + 1), 1, left + 20, right - 20)
     body = svg.text(0, top + 14, f"Share of the non-private gain, {corpus}", "ink bold")
     for tick in y.ticks:
@@ -77,7 +79,7 @@ def _panel(benchmark: Mapping[str, Any], corpus: str, top: float) -> tuple[str, 
     return body, f"{corpus}: {said}."
 
 
-def _curves(benchmark: Mapping[str, Any], corpus: str) -> dict[str, list[tuple[float, dict[str, Any]]]]:
+def _curves(benchmark: Mapping[str, Any], corpus: str) -> Curves:
     """(target epsilon, figure) by family, ascending, of the arms that were measured on a corpus."""
     found: dict[str, list[tuple[float, dict[str, Any]]]] = {}
     for family in FAMILIES:

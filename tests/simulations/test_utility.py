@@ -100,6 +100,7 @@ def test_table_and_picture_say_whom_an_epsilon_protects_against() -> None:
     made = content({"central-2": 0.7, "central-8": 0.95, "turns-8": 0.4, "correlated-8": 0.6, "local-8": 0.5})
     drawn = utility_chart_svg(made)
     ElementTree.fromstring(drawn)
+    assert drawn.index(".line{fill:none") > drawn.index(".hero{"), "a curve is a line, not the area below it"
     check_epsilon_context(drawn)
     table = render(made)
     check_epsilon_context(f"<table>{table}</table>")
