@@ -13,12 +13,13 @@ Flower's deployment engine starts a process for every message, so what only trai
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
-from flwr.app import Context, Message
+from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from numpy.typing import NDArray
 
@@ -154,20 +155,14 @@ def client_app(source: UpdateSource | None = None, scores: ScoreSource | None = 
         except Exception:
             _log.exception("the order of a round cannot be followed")
             raise ProtocolError(_SAYS_NOTHING) from None
-        receipt = None
-        try:
-            home = _home(context)
-            try:
-                updates.check(home, order)
-                receipt = take_part(home, order)
-            except Exception as error:
-                receipt = refuse(home, order, error)
-                raise
-            answer = mechanism.bound(updates.update(home, order, adapter))
-        except Exception:  # whatever went wrong stays here: an error report would be a release nobody accounted for
-            _log.exception("round %d: this device answers as one that has nothing", order.round)
-            answer = nothing(mechanism, order)
-        return Message(update_message(answer, receipt.model_dump_json() if receipt else None), reply_to=message)
+        content = _answer(
+            context,
+            order,
+            check=lambda home: updates.check(home, order),
+            made=lambda home: mechanism.bound(updates.update(home, order, adapter)),
+            otherwise=lambda: nothing(mechanism, order),
+        )
+        return Message(content, reply_to=message)
 
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
@@ -176,22 +171,47 @@ def client_app(source: UpdateSource | None = None, scores: ScoreSource | None = 
         except Exception:
             _log.exception("the order of an evaluation cannot be followed")
             raise ProtocolError(_SAYS_NOTHING) from None
-        receipt = None
-        try:
-            home = _home(context)
-            try:
-                own_scores.check(home, order)
-                receipt = take_part(home, order)
-            except Exception as error:
-                receipt = refuse(home, order, error)
-                raise
-            answer = order.comparison.answer(own_scores.difference(home, order, baseline, candidate))
-        except Exception:  # as above: this device has nothing to say, and says that like every other
-            _log.exception("evaluation %d: this device sends zeros", order.evaluation)
-            answer = order.comparison.answer(None)
-        return Message(update_message(answer, None if receipt is None else receipt.model_dump_json()), reply_to=message)
+        content = _answer(
+            context,
+            order,
+            check=lambda home: own_scores.check(home, order),
+            made=lambda home: order.comparison.answer(own_scores.difference(home, order, baseline, candidate)),
+            otherwise=lambda: order.comparison.answer(None),
+        )
+        return Message(content, reply_to=message)
 
     return app
+
+
+def _answer(
+    context: Context,
+    order: RoundOrder | EvaluationOrder,
+    *,
+    check: Callable[[Path], None],
+    made: Callable[[Path], Update],
+    otherwise: Callable[[], Update],
+) -> RecordDict:
+    """All that leaves the device for an order: what it made, or else what a device sends that has nothing; and a receipt.
+
+    Args:
+        check: raises when the order cannot be followed, before anything is spent on it.
+        made: the answer, from the device's home, once this participation is on its ledger.
+        otherwise: the answer of a device that declines or fails, whatever the reason.
+    """
+    receipt = None
+    try:
+        home = _home(context)
+        try:
+            check(home)
+            receipt = take_part(home, order)
+        except Exception as error:
+            receipt = refuse(home, order, error)
+            raise
+        answer = made(home)
+    except Exception:  # whatever went wrong stays here: an error report would be a release nobody accounted for
+        _log.exception("round %d, attempt %d: this device answers as one that has nothing", order.round, order.attempt)
+        answer = otherwise()
+    return update_message(answer, receipt.model_dump_json() if receipt else None)
 
 
 def nothing(mechanism: Mechanism, order: RoundOrder) -> Update:
