@@ -13,8 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Literal, Self
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +30,7 @@ from stillroom_client.home import (
 )
 from stillroom_client.index import Fault, VectorIndex
 from stillroom_client.store import Change, Feedback, Generation, Store
+from stillroom_shared.closing import Closing
 from stillroom_shared.corpus import Passage
 from stillroom_shared.errors import ReleaseError
 from stillroom_shared.release import Release, SealedAdapter, open_release
@@ -61,7 +61,7 @@ class Status:
     feedback: int
 
 
-class Device:
+class Device(Closing):
     """An open home; `Device.create` makes one, `Device.open` opens one, and both serve as context managers.
 
     Methods that take or return vectors use float32 rows of norm 1, (n, dim).
@@ -267,14 +267,6 @@ class Device:
     def close(self) -> None:
         """Give the files back."""
         self.store.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     @contextmanager
     def _current_index(self) -> Iterator[VectorIndex]:

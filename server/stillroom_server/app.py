@@ -17,16 +17,21 @@ from stillroom_shared.errors import SettingsError
 HOME_KEY = "coordinator-home"
 
 
+def coordinator_home(context: Context) -> Path:
+    """The folder that the run configuration names; `SettingsError` when it names none."""
+    home = context.run_config.get(HOME_KEY)
+    if not home:
+        raise SettingsError(f"run configuration lacks {HOME_KEY!r}: pass --run-config '{HOME_KEY}=\"/path\"'")
+    return Path(str(home))
+
+
 def server_app(on_round: Callable[[RoundReport], None] = lambda report: None) -> ServerApp:
     """A server app that calls `on_round` after each release."""
     app = ServerApp()
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:
-        home = context.run_config.get(HOME_KEY)
-        if not home:
-            raise SettingsError(f"run configuration lacks {HOME_KEY!r}: pass --run-config '{HOME_KEY}=\"/path\"'")
-        with Coordinator(Path(str(home))) as coordinator:
+        with Coordinator(coordinator_home(context)) as coordinator:
             coordinator.run(grid, on_round)
 
     return app

@@ -17,8 +17,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 from flwr.app import Message, RecordDict
@@ -34,6 +32,7 @@ from stillroom_server.receipts import ReceiptBook
 from stillroom_server.stream import RowStream
 from stillroom_server.verdict import evaluations_in, last_rolled_back
 from stillroom_shared.adapter import Adapter
+from stillroom_shared.closing import Closing
 from stillroom_shared.correlated import Correlated
 from stillroom_shared.errors import BudgetError, LedgerError
 from stillroom_shared.heads import LedgerHead, head_of
@@ -50,7 +49,7 @@ from stillroom_shared.randomness import Randomness
 from stillroom_shared.receipts import Attempt
 from stillroom_shared.release import Release, open_release
 from stillroom_shared.signing import SigningKey
-from stillroom_shared.statement import PrivacyStatement, statement
+from stillroom_shared.statement import PrivacyStatement
 
 LEDGER_FILE = "ledger.sqlite3"
 KEY_FILE = "coordinator.key"
@@ -66,13 +65,13 @@ class RoundReport:
     update_norm: float
 
 
-class Coordinator:
+class Coordinator(Closing):
     """One federation in one home folder: plan, key, ledger, checkpoint. Use as a context manager."""
 
     def __init__(self, home: Path) -> None:
         self.home = home
         self.plan = Plan.load(home)
-        self.key = _load_or_make_key(home / KEY_FILE)
+        self.key = SigningKey.load_or_generate(home / KEY_FILE)
         self.release: Release = open_release(home / self.plan.release_folder, trusted_key=None)
         self.spec = self.release.adapter_spec
         self.adapters = Adapters(home / ADAPTERS_FOLDER, self.release, self.key)
@@ -133,18 +132,8 @@ class Coordinator:
         self.adapters.seal(len(self.state.history), self.adapter, self.statement(), self.ledger_head().position)
 
     def statement(self) -> PrivacyStatement:
-        """What has been spent, from the ledger's events."""
-        return statement(
-            self.ledger.events(),
-            delta=self.plan.delta,
-            devices=len(self.plan.enrolled),
-            sampling_rate=self.plan.sampling_rate,
-            clip_norm=self.plan.clip_norm,
-            rehearsal=self.plan.rehearsal,
-            mechanism=self.plan.mechanism,
-            trial_of=self.plan.trial_of,
-            evaluations=sum("evaluation" in purpose for purpose in self.ledger.purposes()),
-        )
+        """What has been spent, from the ledger."""
+        return self.plan.statement(self.ledger.rows())
 
     def baseline(self) -> tuple[int, Adapter]:
         """What was published last, and after how many rounds; zero after none."""
@@ -277,17 +266,3 @@ class Coordinator:
     def close(self) -> None:
         """Close the ledger."""
         self.ledger.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-
-def _load_or_make_key(path: Path) -> SigningKey:
-    if not path.exists():
-        SigningKey.generate().save(path)
-    return SigningKey.load(path)

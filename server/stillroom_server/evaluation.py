@@ -20,12 +20,11 @@ Guarantees:
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from stillroom_server.app import HOME_KEY
+from stillroom_server.app import coordinator_home
 from stillroom_server.cohort import poisson_cohort
 from stillroom_server.coordinate import Coordinator
 from stillroom_server.devices import enrolled_nodes, wait_for_nodes
@@ -94,10 +93,7 @@ def evaluation_app(policy: Policy, on_result: Callable[[Evaluation], None] = lam
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:
-        home = context.run_config.get(HOME_KEY)
-        if not home:
-            raise SettingsError(f"run configuration lacks {HOME_KEY!r}: pass --run-config '{HOME_KEY}=\"/path\"'")
-        with Coordinator(Path(str(home))) as coordinator:
+        with Coordinator(coordinator_home(context)) as coordinator:
             on_result(evaluate(coordinator, grid, policy))
 
     return app

@@ -17,9 +17,11 @@ from stillroom_server.clipping import AdaptiveClip
 from stillroom_server.cohort import Rotation
 from stillroom_server.optimizer import OptimizerName, ServerOptimizer
 from stillroom_shared.errors import SettingsError, StillroomError
-from stillroom_shared.ledger import Budget
+from stillroom_shared.events import event_from_json
+from stillroom_shared.ledger import Budget, Row
 from stillroom_shared.mechanism import MechanismName
 from stillroom_shared.protocol import EvaluationOrder, RoundOrder, Schedule
+from stillroom_shared.statement import PrivacyStatement, statement
 
 PLAN_FILE = "plan.json"
 
@@ -246,6 +248,21 @@ class Plan(BaseModel):
             devices=len(self.enrolled),
             bound=self.evaluation_bound,
             held_back=self.held_back,
+        )
+
+    def statement(self, rows: Sequence[Row]) -> PrivacyStatement:
+        """The statement of what these rows of the coordinator's ledger charged."""
+        spends = [row.fields for row in rows if row.kind == "spend"]
+        return statement(
+            [event_from_json(spend["event"]) for spend in spends],
+            delta=self.delta,
+            devices=len(self.enrolled),
+            sampling_rate=self.sampling_rate,
+            clip_norm=self.clip_norm,
+            rehearsal=self.rehearsal,
+            mechanism=self.mechanism,
+            trial_of=self.trial_of,
+            evaluations=sum("evaluation" in spend["purpose"] for spend in spends),
         )
 
     def save(self, home: Path) -> None:

@@ -34,11 +34,11 @@ import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from stillroom_server.search_plan import SearchPlan, Trials
 from stillroom_shared.adapter import Adapter
+from stillroom_shared.closing import Closing
 from stillroom_shared.errors import BudgetError, LedgerError
 from stillroom_shared.events import Event, Selection
 from stillroom_shared.files import exclusive
@@ -55,7 +55,7 @@ SELECTED_FOLDER = "selected"
 TRIALS_FOLDER = "trials"
 
 
-class Search:
+class Search(Closing):
     """One search in one home: plan, key, ledger. Use as a context manager."""
 
     def __init__(self, home: Path, trials: Trials, *, release_id: str) -> None:
@@ -63,9 +63,7 @@ class Search:
         self.plan = SearchPlan.load(home)
         self._trials = trials
         self._release = release_id
-        if not (home / KEY_FILE).exists():
-            SigningKey.generate().save(home / KEY_FILE)
-        self.key = SigningKey.load(home / KEY_FILE)
+        self.key = SigningKey.load_or_generate(home / KEY_FILE)
         about = {"search": self.plan.search, "plan": self.plan.content_hash}
         self.ledger = Ledger.create(home / LEDGER_FILE, key=self.key, about=about)
 
@@ -189,14 +187,6 @@ class Search:
     def close(self) -> None:
         """Close the ledger."""
         self.ledger.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def notes(ledger: Ledger, name: str) -> list[dict[str, Any]]:

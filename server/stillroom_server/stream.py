@@ -44,13 +44,12 @@ import os
 import zipfile
 from dataclasses import asdict
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from stillroom_server.charges import Formed, last_formed, record_formed
+from stillroom_shared.closing import Closing
 from stillroom_shared.correlated import Correlated, RunState
 from stillroom_shared.errors import LedgerError
 from stillroom_shared.files import replace_file, sync
@@ -61,7 +60,7 @@ from stillroom_shared.randomness import Randomness
 _OLD_LEDGER = "the ledger is an old copy; restore its newest one, without it nobody knows which rows were released"
 
 
-class RowStream:
+class RowStream(Closing):
     """The rows of one run. Use as a context manager; it holds a lock on the file until then.
 
     A coordinator that has applied `applied` updates goes on with `pending(applied)`, and only if that is None asks the
@@ -144,14 +143,6 @@ class RowStream:
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _take_lock(self) -> None:
         try:

@@ -51,6 +51,7 @@ from stillroom_shared.toeplitz import (
     best_coefficients,
     next_estimate,
     require_coefficients,
+    require_cohorts,
     require_schedule,
     squared_sensitivity,
 )
@@ -108,11 +109,7 @@ class Correlated:
     def __post_init__(self) -> None:
         require_coefficients(self.coefficients)
         require_schedule(self.rounds, self.participations, self.separation)
-        if self.separation > self.devices:
-            raise BudgetError(
-                f"separation {self.separation} leaves rounds without a cohort among {self.devices} devices: choose at most "
-                f"{self.devices}"
-            )
+        require_cohorts(self.separation, self.devices)
         self._clipping.event()  # refuses a clip norm, a noise multiplier or a dimension that cannot be
         # Noise passes 64 sigma with a probability below e^-2000.
         if self.devices * RESOLUTION * sum(self.coefficients) + 64 * self.sigma >= 1 << 63:

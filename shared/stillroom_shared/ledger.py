@@ -32,10 +32,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 from stillroom_shared.accounting import epsilon
+from stillroom_shared.closing import Closing
 from stillroom_shared.errors import BudgetError, LedgerError, LedgerLostError
 from stillroom_shared.events import Event, event_from_json, event_to_json, in_one_unit
 from stillroom_shared.files import exclusive, sync
@@ -104,7 +104,7 @@ class Row:
         return dict(json.loads(self.body))
 
 
-class Ledger:
+class Ledger(Closing):
     """An open ledger; use as a context manager.
 
     >>> import tempfile; from stillroom_shared.events import SampledGaussian
@@ -304,14 +304,6 @@ class Ledger:
     def close(self) -> None:
         """Close the file; safe to call twice."""
         self._connection.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _head(self) -> Row | None:
         found = self._connection.execute(f"SELECT {_COLUMNS} FROM ledger ORDER BY seq DESC LIMIT 1").fetchone()

@@ -30,12 +30,11 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from stillroom_shared.errors import BudgetError
 from stillroom_shared.events import LocalGaussian
 from stillroom_shared.local_mechanism import Local
 from stillroom_shared.mechanism import NoPrivacy, Released, Total, Update
 from stillroom_shared.randomness import Randomness
-from stillroom_shared.toeplitz import require_schedule
+from stillroom_shared.toeplitz import require_cohorts, require_schedule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,11 +65,7 @@ class LocalRounds:
 
     def __post_init__(self) -> None:
         require_schedule(self.rounds, self.participations, self.separation)
-        if self.separation > self.devices:
-            raise BudgetError(
-                f"separation {self.separation} leaves rounds without a cohort among {self.devices} devices: choose at most "
-                f"{self.devices}"
-            )
+        require_cohorts(self.separation, self.devices)
 
     @property
     def dimension(self) -> int:

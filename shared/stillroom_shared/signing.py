@@ -50,6 +50,13 @@ class SigningKey:
             raise ReleaseError(f"{path} holds a {type(secret).__name__}, not an Ed25519 key: name another key file")
         return cls(secret)
 
+    @classmethod
+    def load_or_generate(cls, path: Path) -> SigningKey:
+        """The key in this file; a new one, saved there, when there is no file."""
+        if not path.exists():
+            cls.generate().save(path)
+        return cls.load(path)
+
     def save(self, path: Path) -> None:
         """Write the key as PKCS#8 PEM, readable by its owner only; refuse to overwrite a file.
 

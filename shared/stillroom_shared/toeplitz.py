@@ -134,6 +134,14 @@ def require_schedule(rounds: int, participations: int, separation: int) -> None:
         )
 
 
+def require_cohorts(separation: int, devices: int) -> None:
+    """`BudgetError` unless every round is the turn of somebody."""
+    if separation > devices:
+        raise BudgetError(
+            f"separation {separation} leaves rounds without a cohort among {devices} devices: choose at most {devices}"
+        )
+
+
 def _power_series(exponent: Fraction, bands: int) -> Coefficients:
     """The first coefficients of (1 - x)^-exponent, rounded to 1 / ONE."""
     series = [Fraction(1)]

@@ -21,13 +21,12 @@ from stillroom_server.coordinate import KEY_FILE, LEDGER_FILE
 from stillroom_server.plan import PLAN_FILE, Plan
 from stillroom_server.receipts import RECEIPTS_FILE, ReceiptBook
 from stillroom_shared.errors import LedgerError, SettingsError
-from stillroom_shared.events import event_from_json
 from stillroom_shared.ledger import Ledger, Row
 from stillroom_shared.receipts import Receipt
 from stillroom_shared.release import AdapterManifest
 from stillroom_shared.sealed import open_sealed
 from stillroom_shared.signing import SigningKey
-from stillroom_shared.statement import PrivacyStatement, printed_epsilon, statement
+from stillroom_shared.statement import PrivacyStatement, printed_epsilon
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +75,7 @@ def audit_ledger(path: Path, *, public_key: str | None = None, head: str | None 
         raise LedgerError(
             f"{ledger_path} began with another plan than {plan_home / PLAN_FILE}: restore the original plan"
         )
-    made = _statement(rows, plan)
+    made = plan.statement(rows)
     kept = (plan_home / RECEIPTS_FILE).is_file()  # looking must not make a book
     return LedgerAudit(
         statement=made,
@@ -101,20 +100,12 @@ def export_receipt(home: Path, device: str) -> Receipt:
     return ReceiptBook(home, federation=plan.federation).export(device, SigningKey.load(home / KEY_FILE))
 
 
-def _statement(rows: Sequence[Row], plan: Plan) -> PrivacyStatement:
-    """What these rows were charged for."""
-    spends = [row.fields for row in rows if row.kind == "spend"]
-    return statement(
-        [event_from_json(spend["event"]) for spend in spends],
-        delta=plan.delta,
-        devices=len(plan.enrolled),
-        sampling_rate=plan.sampling_rate,
-        clip_norm=plan.clip_norm,
-        rehearsal=plan.rehearsal,
-        mechanism=plan.mechanism,
-        trial_of=plan.trial_of,
-        evaluations=sum("evaluation" in spend["purpose"] for spend in spends),
-    )
+def stated_in(folder: Path, manifest: AdapterManifest) -> PrivacyStatement:
+    """The statement that a sealed adapter makes; `LedgerError` when it makes none that can be checked."""
+    try:
+        return PrivacyStatement.model_validate(manifest.statement)
+    except ValidationError as error:
+        raise LedgerError(f"{folder} has no statement that can be checked ({error.error_count()} errors)") from error
 
 
 def _check_adapters(home: Path, plan: Plan, rows: Sequence[Row]) -> int:
@@ -123,12 +114,7 @@ def _check_adapters(home: Path, plan: Plan, rows: Sequence[Row]) -> int:
     key = str(rows[0].fields["key"])
     for folder in folders:
         manifest = open_sealed(folder, AdapterManifest, trusted_key=key)
-        try:
-            stated = PrivacyStatement.model_validate(manifest.statement)
-        except ValidationError as error:
-            raise LedgerError(
-                f"{folder} has no statement that can be checked ({error.error_count()} errors)"
-            ) from error
+        stated = stated_in(folder, manifest)
         if (seen := manifest.ledger) is None:
             raise LedgerError(f"{folder} does not say which rows of the ledger it covers: its statement proves nothing")
         if [row.hash for row in rows[seen.rows - 1 : seen.rows]] != [seen.head]:
@@ -141,7 +127,7 @@ def _check_adapters(home: Path, plan: Plan, rows: Sequence[Row]) -> int:
                 f"{folder} covers {seen.rows} rows, but row {later[0]} was charged for its rounds too: it understates what "
                 "they cost, do not trust that adapter"
             )
-        recomputed = _statement(rows[: seen.rows], plan)
+        recomputed = plan.statement(rows[: seen.rows])
         if recomputed.rounds < manifest.round:
             raise LedgerError(
                 f"{folder} is of round {manifest.round}, the ledger was charged for {recomputed.rounds} before it was "

@@ -37,10 +37,8 @@ from stillroom_shared.release import DOCUMENT_FOLDER, ONNX_FILES, TOKENIZER_NAME
 from stillroom_shared.signing import SigningKey
 from stillroom_shared.statement import PrivacyStatement
 from stillroom_shared.toeplitz import best_coefficients
-from stillroom_simulations.engine import InProcessGrid, run_server_app
+from stillroom_simulations.engine import InProcessGrid, numbered, run_server_app
 
-_FIRST_NODE = 2
-"""Flower keeps node ids 0 and 1 for itself."""
 _NAME = "canary"
 _OVERLENGTH = 10.0
 """Canaries send this many clip norms: a mechanism that forgot to clip would be audited with updates ten times too long."""
@@ -186,7 +184,7 @@ def run_canary_rounds(
     asked: Counter[int] = Counter()
     grid = InProcessGrid(
         client_app=_canary_app(plan, directions, present, asked),
-        nodes={number: {_NAME: i} for i, number in enumerate(range(_FIRST_NODE, _FIRST_NODE + len(plan.enrolled)))},
+        nodes=numbered({_NAME: i} for i in range(len(plan.enrolled))),
         run_config={HOME_KEY: str(home)},
     )
     run_server_app(server_app(on_round), grid)

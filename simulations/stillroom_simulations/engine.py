@@ -114,6 +114,11 @@ class _Delivery:
     seconds: float  # virtual, from sending to the reply's arrival
 
 
+def numbered(configs: Iterable[Config]) -> dict[int, Config]:
+    """`nodes` of a grid: these configurations, from the first id that is not Flower's own."""
+    return dict(enumerate(configs, start=SUPERLINK_NODE_ID + 1))
+
+
 class InProcessGrid(Grid):
     """A grid whose nodes live in this process.
 

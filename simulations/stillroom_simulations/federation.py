@@ -37,12 +37,10 @@ from stillroom_shared.release import Release
 from stillroom_shared.settings import EvaluationSettings, RoundsSettings
 from stillroom_shared.signing import SigningKey
 from stillroom_shared.toeplitz import best_coefficients
-from stillroom_simulations.engine import InProcessGrid, run_server_app
+from stillroom_simulations.engine import InProcessGrid, numbered, run_server_app
 
 _UNJUDGED = EvaluationSettings()
 RecordsByHome = Mapping[str, Sequence[Record]]
-_FIRST_NODE = 2
-"""Flower keeps node ids 0 and 1 for itself."""
 
 
 class SilentDevicesError(StillroomError):
@@ -260,7 +258,7 @@ def run_federation(
         operator.save(home / KEY_FILE)
     grid = InProcessGrid(
         client_app=client_app(updates),
-        nodes={number: {DEVICE_HOME: str(device)} for number, device in enumerate(devices, start=_FIRST_NODE)},
+        nodes=numbered({DEVICE_HOME: str(device)} for device in devices),
         run_config={COORDINATOR_HOME: str(home)},
         prepare=updates.prepare,
         block=block,

@@ -23,8 +23,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from stillroom_server.plan import Plan
 from stillroom_server.search import LEDGER_FILE, SELECTED_FOLDER, TRIALS_FOLDER, best_of, notes
 from stillroom_server.search_plan import PLAN_FILE, Candidate, SearchPlan
@@ -35,7 +33,7 @@ from stillroom_shared.ledger import Ledger, Row
 from stillroom_shared.release import ADAPTER_NAME, AdapterManifest
 from stillroom_shared.sealed import open_sealed
 from stillroom_shared.statement import COORDINATOR, OBSERVERS, READERS, PrivacyStatement, printed_epsilon
-from stillroom_simulations.audit import audit_ledger, misstated
+from stillroom_simulations.audit import audit_ledger, misstated, stated_in
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,10 +237,7 @@ def _check_sealed(
     if not folder.exists():
         return
     manifest = open_sealed(folder, AdapterManifest, trusted_key=str(rows[0].fields["key"]))
-    try:
-        stated = PrivacyStatement.model_validate(manifest.statement)
-    except ValidationError as error:
-        raise LedgerError(f"{folder} has no statement that can be checked ({error.error_count()} errors)") from error
+    stated = stated_in(folder, manifest)
     if len(finished) != count or not count:
         raise LedgerError(
             f"{folder} was sealed after {len(finished)} of {count} drawn trials: it is no outcome of the search"

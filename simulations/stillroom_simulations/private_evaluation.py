@@ -25,10 +25,8 @@ from stillroom_shared.adapter import Adapter
 from stillroom_shared.errors import ProtocolError, SettingsError
 from stillroom_shared.protocol import EVALUATE, EvaluationOrder
 from stillroom_shared.release import Release
-from stillroom_simulations.engine import InProcessGrid, run_server_app
+from stillroom_simulations.engine import InProcessGrid, numbered, run_server_app
 
-_FIRST_NODE = 2
-"""Flower keeps node ids 0 and 1 for itself."""
 ProgressBar = Callable[[int, int], None]
 
 
@@ -103,7 +101,7 @@ def evaluate_homes(
     scores = SharedScores(release, round(plan.evaluation_rate * len(plan.enrolled)), progress)
     grid = InProcessGrid(
         client_app=client_app(scores=scores),
-        nodes={number: {DEVICE_HOME: str(path)} for number, path in enumerate(homes, start=_FIRST_NODE)},
+        nodes=numbered({DEVICE_HOME: str(path)} for path in homes),
         run_config={COORDINATOR_HOME: str(home)},
         prepare=scores.prepare,
     )

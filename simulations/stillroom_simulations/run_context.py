@@ -93,10 +93,7 @@ class RunContext:
         """The operator's key, made on first use; that of the earlier run where this one starts from a release."""
         if self.origin is not None:
             return SigningKey.load(self.origin.folder.parent / _OPERATOR_KEY)
-        path = self.out / _OPERATOR_KEY
-        if not path.exists():
-            SigningKey.generate().save(path)
-        return SigningKey.load(path)
+        return SigningKey.load_or_generate(self.out / _OPERATOR_KEY)
 
     @cached_property
     def release(self) -> Release:
