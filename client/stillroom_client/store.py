@@ -31,23 +31,14 @@ from urllib.parse import quote
 import numpy as np
 from numpy.typing import NDArray
 
+from stillroom_client import schema
 from stillroom_client.quantization import dequantize, quantize
 from stillroom_shared.corpus import Passage
 from stillroom_shared.errors import DataError
 
-_SCHEMA_VERSION = 1
-_SCHEMA = """
-CREATE TABLE meta (key TEXT PRIMARY KEY, value NOT NULL) WITHOUT ROWID;
-CREATE TABLE passages (
-    row INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, owner TEXT NOT NULL, title TEXT NOT NULL,
-    text TEXT NOT NULL, digest BLOB NOT NULL, generation INTEGER NOT NULL);
-CREATE TABLE vectors (
-    row INTEGER PRIMARY KEY REFERENCES passages (row) ON DELETE CASCADE, scale REAL NOT NULL, codes BLOB NOT NULL);
-CREATE TABLE feedback (query TEXT NOT NULL, passage_id TEXT NOT NULL, UNIQUE (query, passage_id));
-"""
 _WAIT_SECONDS = 60.0  # for another process' write; embedding happens outside, so a write is short
 _NORM_TOLERANCE = 0.01
-_AMONG = "IN (SELECT value FROM json_each(?))"  # one parameter for any number of values
+AMONG = "IN (SELECT value FROM json_each(?))"  # one parameter for any number of values
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +56,7 @@ class Change:
     added: int
     replaced: int
     unchanged: int
+    removed: int = 0
 
 
 class Feedback(NamedTuple):
@@ -78,7 +70,8 @@ class Store:
     """The open store of one device.
 
     Args:
-        path: a file that `Store.create` made. `DataError` when it is missing, damaged or of another version.
+        path: a file that `Store.create` made; one of an earlier version is upgraded (`schema.py`). `DataError` when it is
+            missing, damaged or of a later version.
     """
 
     def __init__(self, path: Path) -> None:
@@ -89,14 +82,18 @@ class Store:
         self._db = _connect(path)
         try:
             for pragma in ("synchronous=FULL", "foreign_keys=ON", "secure_delete=ON"):
-                self._rows(f"PRAGMA {pragma}")
+                self.query(f"PRAGMA {pragma}")
             version, self.dimension = int(self._meta("schema")), int(self._meta("dimension"))
+            if version > schema.VERSION:
+                raise DataError(
+                    f"{path} has schema {version}, this Stillroom reads {schema.VERSION}: upgrade Stillroom"
+                )
+            if version < schema.VERSION:
+                with self.writing():  # another process may have been first
+                    schema.upgrade(self._db, int(self._meta("schema")))
         except DataError:
             self.close()
             raise
-        if version != _SCHEMA_VERSION:
-            self.close()
-            raise DataError(f"{path} has schema {version}, this Stillroom reads {_SCHEMA_VERSION}: upgrade Stillroom")
 
     @classmethod
     def create(cls, path: Path, *, dimension: int) -> None:
@@ -107,9 +104,11 @@ class Store:
             # Nobody can see the file yet, so one fsync by the caller at the end is enough.
             db.execute("PRAGMA synchronous=OFF")
             db.execute("PRAGMA journal_mode=WAL")
-            meta = {"schema": _SCHEMA_VERSION, "dimension": dimension, "generation": 0, "stamp": secrets.token_hex(16)}
-            db.executescript(f"BEGIN; {_SCHEMA}")
+            meta = {"dimension": dimension, "generation": 0, "stamp": secrets.token_hex(16)}
+            db.execute("BEGIN")
+            db.execute("CREATE TABLE meta (key TEXT PRIMARY KEY, value NOT NULL) WITHOUT ROWID")
             db.executemany("INSERT INTO meta VALUES (?, ?)", meta.items())
+            schema.upgrade(db, 0)
             db.execute("COMMIT")
         finally:
             db.close()
@@ -128,24 +127,24 @@ class Store:
 
     def changed(self, passages: Sequence[Passage]) -> list[Passage]:
         """Those that are new or differ from what is stored: the ones that need a vector."""
-        _refuse_repeated_ids(passages)
+        refuse_repeated_ids(passages)
         known = self._digests(passages)
-        return [passage for passage in passages if known.get(passage.id) != _digest(passage)]
+        return [passage for passage in passages if known.get(passage.id) != digest_of(passage)]
 
     def put(self, passages: Sequence[Passage], vectors: NDArray[np.float32]) -> Change:
         """Add or replace passages with their unit vectors (n, dim), as one generation; none when nothing changed."""
-        _refuse_repeated_ids(passages)
-        codes, scales = quantize(self._checked(passages, vectors))
+        refuse_repeated_ids(passages)
+        codes, scales = quantize(self.checked(passages, vectors))
         with self.writing() as generation:
             known = self._digests(passages)
-            fresh = [n for n, passage in enumerate(passages) if known.get(passage.id) != _digest(passage)]
+            fresh = [n for n, passage in enumerate(passages) if known.get(passage.id) != digest_of(passage)]
             replaced = [passages[n].id for n in fresh if passages[n].id in known]
             if fresh:
-                number = self._advance(generation)
-                self._db.execute(f"DELETE FROM passages WHERE id {_AMONG}", (json.dumps(replaced),))
+                number = self.advance(generation)
+                self._db.execute(f"DELETE FROM passages WHERE id {AMONG}", (json.dumps(replaced),))
                 self._db.executemany(
                     "INSERT INTO passages (id, owner, title, text, digest, generation) VALUES (?, ?, ?, ?, ?, ?)",
-                    ((p.id, p.owner, p.title, p.text, _digest(p), number) for p in (passages[n] for n in fresh)),
+                    ((p.id, p.owner, p.title, p.text, digest_of(p), number) for p in (passages[n] for n in fresh)),
                 )
                 self._db.executemany(
                     "INSERT INTO vectors SELECT row, ?, ? FROM passages WHERE id = ?",
@@ -157,50 +156,55 @@ class Store:
         """Remove passages, their vectors and what was opened of them, as one generation; how many there were."""
         wanted = json.dumps(list(ids))
         with self.writing() as generation:
-            removed = self._db.execute(f"DELETE FROM passages WHERE id {_AMONG}", (wanted,)).rowcount
+            # A document that loses a passage is no longer stored whole: whoever reads its file next stores it again.
+            self._db.execute(
+                f"UPDATE documents SET digest = x'' WHERE number IN (SELECT document FROM passages WHERE id {AMONG})",
+                (wanted,),
+            )
+            removed = self._db.execute(f"DELETE FROM passages WHERE id {AMONG}", (wanted,)).rowcount
             if removed:
-                self._db.execute(f"DELETE FROM feedback WHERE passage_id {_AMONG}", (wanted,))
-                self._advance(generation)
+                self._db.execute(f"DELETE FROM feedback WHERE passage_id {AMONG}", (wanted,))
+                self.advance(generation)
         return removed
 
     def count(self) -> int:
         """Passages in the store."""
-        return int(self._rows("SELECT count(*) FROM vectors")[0][0])
+        return int(self.query("SELECT count(*) FROM vectors")[0][0])
 
     def owners(self) -> dict[str, int]:
         """Passages of each owner, most first."""
-        return dict(self._rows("SELECT owner, count(*) FROM passages GROUP BY owner ORDER BY count(*) DESC, owner"))
+        return dict(self.query("SELECT owner, count(*) FROM passages GROUP BY owner ORDER BY count(*) DESC, owner"))
 
     def has(self, passage_id: str) -> bool:
         """Whether a passage of this id is stored."""
-        return bool(self._rows("SELECT 1 FROM passages WHERE id = ?", (passage_id,)))
+        return bool(self.query("SELECT 1 FROM passages WHERE id = ?", (passage_id,)))
 
     def ids(self, prefix: str = "") -> list[str]:
         """Passage ids that begin with `prefix`, in the order they were added."""
         query = "SELECT id FROM passages WHERE substr(id, 1, ?) = ? ORDER BY row"
-        return [row[0] for row in self._rows(query, (len(prefix), prefix))]
+        return [row[0] for row in self.query(query, (len(prefix), prefix))]
 
     def passages(self, rows: Iterable[int]) -> dict[int, Passage]:
         """The passages of these rows; rows that do not exist are left out."""
-        query = f"SELECT row, id, owner, text, title FROM passages WHERE row {_AMONG}"
-        return {row[0]: Passage(*row[1:]) for row in self._rows(query, (json.dumps([int(r) for r in rows]),))}
+        query = f"SELECT row, id, owner, text, title FROM passages WHERE row {AMONG}"
+        return {row[0]: Passage(*row[1:]) for row in self.query(query, (json.dumps([int(r) for r in rows]),))}
 
     def names(self, rows: Iterable[int]) -> dict[int, str]:
         """The passage ids of these rows."""
-        query = f"SELECT row, id FROM passages WHERE row {_AMONG}"
-        return dict(self._rows(query, (json.dumps([int(r) for r in rows]),)))
+        query = f"SELECT row, id FROM passages WHERE row {AMONG}"
+        return dict(self.query(query, (json.dumps([int(r) for r in rows]),)))
 
     def rows(self, ids: Sequence[str]) -> NDArray[np.int64]:
         """The row of each id; `DataError` names the first that is not in the store."""
-        found = dict(self._rows(f"SELECT id, row FROM passages WHERE id {_AMONG}", (json.dumps(list(ids)),)))
+        found = dict(self.query(f"SELECT id, row FROM passages WHERE id {AMONG}", (json.dumps(list(ids)),)))
         if missing := next((i for i in ids if i not in found), None):
             raise DataError(f"passage {missing!r} is not in this index: take an id that search shows, or add it")
         return np.array([found[i] for i in ids], np.int64)
 
     def vectors(self, rows: Iterable[int] | None = None) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """Rows (m,), ascending and distinct, and their vectors (m, dim); all of them without an argument."""
-        which, values = ("", ()) if rows is None else (f"WHERE row {_AMONG}", (json.dumps([int(r) for r in rows]),))
-        found = self._rows(f"SELECT row, scale, codes FROM vectors {which} ORDER BY row", values)
+        which, values = ("", ()) if rows is None else (f"WHERE row {AMONG}", (json.dumps([int(r) for r in rows]),))
+        found = self.query(f"SELECT row, scale, codes FROM vectors {which} ORDER BY row", values)
         codes = np.frombuffer(b"".join(row[2] for row in found), np.int8).reshape(-1, self.dimension)
         scales = np.array([row[1] for row in found], np.float64)
         return np.array([row[0] for row in found], np.int64), dequantize(codes, scales)
@@ -214,13 +218,13 @@ class Store:
 
     def feedback(self) -> list[Feedback]:
         """Everything that was opened, latest last."""
-        return [Feedback(*row) for row in self._rows("SELECT query, passage_id FROM feedback ORDER BY rowid")]
+        return [Feedback(*row) for row in self.query("SELECT query, passage_id FROM feedback ORDER BY rowid")]
 
     def erase_feedback(self) -> int:
         """Forget every opened result, on the disk too; how many there were."""
         with self.writing():
             erased = self._db.execute("DELETE FROM feedback").rowcount
-        if self._rows("PRAGMA wal_checkpoint(TRUNCATE)")[0][0]:
+        if self.query("PRAGMA wal_checkpoint(TRUNCATE)")[0][0]:
             raise DataError(f"feedback is erased, but another process holds {self.path}-wal: end it, then erase again")
         return erased
 
@@ -254,24 +258,30 @@ class Store:
             except sqlite3.Error as error:
                 raise self._damaged(error) from error
 
-    def _advance(self, generation: Generation) -> int:
+    def advance(self, generation: Generation) -> int:
+        """Begin the next generation, inside `writing`; its number. For the modules that write here beside this one."""
         pairs = (("generation", generation.number + 1), ("stamp", secrets.token_hex(16)))
         self._db.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", pairs)
         return generation.number + 1
 
     def _meta(self, key: str) -> Any:
-        return self._rows("SELECT value FROM meta WHERE key = ?", (key,))[0][0]
+        return self.query("SELECT value FROM meta WHERE key = ?", (key,))[0][0]
 
     def _digests(self, passages: Sequence[Passage]) -> dict[str, bytes]:
         wanted = json.dumps([passage.id for passage in passages])
-        return dict(self._rows(f"SELECT id, digest FROM passages WHERE id {_AMONG}", (wanted,)))
+        return dict(self.query(f"SELECT id, digest FROM passages WHERE id {AMONG}", (wanted,)))
 
-    def _rows(self, query: str, values: tuple[object, ...] = ()) -> list[tuple[Any, ...]]:
+    def query(self, query: str, values: tuple[object, ...] = ()) -> list[tuple[Any, ...]]:
+        """The rows that a statement gives. For the modules that read and write here beside this one."""
         with self._lock:
             try:
                 return self._db.execute(query, values).fetchall()
             except sqlite3.Error as error:
                 raise self._damaged(error) from error
+
+    def execute_many(self, query: str, values: Iterable[tuple[object, ...]]) -> None:
+        """Run a statement for each tuple of values, inside `writing`."""
+        self._db.executemany(query, values)
 
     def _damaged(self, error: sqlite3.Error) -> DataError:
         return DataError(
@@ -279,7 +289,8 @@ class Store:
             "or restore the file from a backup"
         )
 
-    def _checked(self, passages: Sequence[Passage], vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+    def checked(self, passages: Sequence[Passage], vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The vectors, if they are finite, of this store's dimension and of norm 1; else `DataError`."""
         expected = (len(passages), self.dimension)
         if vectors.shape != expected:
             raise DataError(f"vectors have shape {vectors.shape}: {expected[0]} passages of this index need {expected}")
@@ -298,11 +309,13 @@ def _connect(path: Path) -> sqlite3.Connection:
     return sqlite3.connect(place, uri=True, timeout=_WAIT_SECONDS, isolation_level=None, check_same_thread=False)
 
 
-def _digest(passage: Passage) -> bytes:
+def digest_of(passage: Passage) -> bytes:
+    """What a passage says, as 32 bytes: the same digest, the same vector."""
     return hashlib.sha256(json.dumps([passage.owner, passage.title, passage.text]).encode()).digest()
 
 
-def _refuse_repeated_ids(passages: Sequence[Passage]) -> None:
+def refuse_repeated_ids(passages: Sequence[Passage]) -> None:
+    """`DataError` names the first id that occurs twice."""
     seen: set[str] = set()
     for passage in passages:
         if passage.id in seen:

@@ -208,12 +208,12 @@ from stillroom_shared.corpus import Passage
 store = module.Store(Path(sys.argv[1]))
 vectors = np.eye(16, dtype=np.float32)
 store.put([Passage("kept", "zoo", "committed")], vectors[:1])
-real = store._advance
+real = store.advance
 def advance(generation):
     number = real(generation)
     os.kill(os.getpid(), signal.SIGKILL) if sys.argv[2] == "early" else None
     return number
-store._advance = advance
+store.advance = advance
 store.put([Passage(f"lost{n}", "zoo", "half written" * 500) for n in range(16)], vectors)
 os.kill(os.getpid(), signal.SIGKILL)
 """
