@@ -10,25 +10,19 @@ import json
 import os
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-if TYPE_CHECKING:
-    from stillroom_client.device import Device
-    from stillroom_client.store import Change
-
 Home = Annotated[Path, typer.Option(help="Home of the device.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-
-_BATCH = 64  # passages in one generation of `index add`: an interrupted run keeps the batches behind it
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands of the client room."""
     app.command()(search)
     index = typer.Typer(name="index", help="Make an index, add documents, see what it holds.", no_args_is_help=True)
-    for command in (create, add, status):
+    for command in (create, add, remove, status):
         index.command()(command)
     app.add_typer(index)
     feedback = typer.Typer(
@@ -88,29 +82,68 @@ def create(
 
 def add(
     paths: Annotated[
-        list[Path], typer.Argument(help="Files (.txt, .md, BEIR .jsonl or .jsonl.gz) or folders of them.")
+        list[Path],
+        typer.Argument(
+            help="Files or folders: text, Markdown, HTML, PDF, DOCX, e-mail (.eml), source code; BEIR .jsonl or .jsonl.gz."
+        ),
     ],
     home: Home,
     owner: Annotated[str | None, typer.Option(help="Whose documents they are.  [default: the device's name]")] = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Go on: follow every change until Ctrl-C.")] = False,
+    every: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks at the files, with --watch.")] = 2.0,
+    max_size: Annotated[float, typer.Option(min=0, help="Largest file to read, in MB; corpora have no limit.")] = 100,
+    as_json: AsJson = False,
 ) -> None:
-    """Index documents; what is indexed already and has not changed costs nothing."""
+    """Index documents: what changed is indexed again, what was deleted is removed, the rest costs nothing."""
+    from stillroom_client.adding import Adding
     from stillroom_client.device import Device
-    from stillroom_client.reading import read_documents
+    from stillroom_client.following import follow
+    from stillroom_client.reading import Parser
+    from stillroom_client.show_adding import AddingView
 
-    with Device.open(home, threads=os.cpu_count() or 1) as device:
-        documents = read_documents(paths, owner=owner or device.identity.name)
-        change = _add_in_batches(device, [passage for document in documents for passage in document.passages])
-        outdated: list[str] = []
-        for document in documents:
-            if document.prefix is not None:
-                outdated += set(device.store.ids(document.prefix)) - {passage.id for passage in document.passages}
-        removed = device.remove(outdated)
+    with Device.open(home, threads=os.cpu_count() or 1) as device, Parser() as parser:
+        view = AddingView(as_json=as_json)
+        adding = Adding(
+            device.catalog,
+            paths,
+            embed=device.embed,
+            owner=owner or device.identity.name,
+            parser=parser,
+            limit=int(max_size * 1_000_000),
+            report=view.report,
+        )
+        with view:
+            done = adding.run()
+            device.refresh_index()
+        view.show(done, adding.news(done), device.store.count())
+        if watch:
+            view.say("following the files; Ctrl-C ends it")
+            follow(adding, device, view, every=every)
+    if done.failed and not watch:
+        raise typer.Exit(1)
+
+
+def remove(
+    paths: Annotated[list[Path], typer.Argument(help="Documents, or folders of them, that no longer need to exist.")],
+    home: Home,
+) -> None:
+    """Take documents out of the index. The files are not touched."""
+    from stillroom_client.device import Device
+    from stillroom_client.reading import path_id
+    from stillroom_client.walking import is_below
+    from stillroom_shared.errors import DataError
+
+    with Device.open(home) as device:
+        known, chosen = device.catalog.documents(), set()
+        for given in paths:
+            named = {path_id(given.absolute()), path_id(given.resolve())}
+            found = {path for path in known for name in named if path == name or is_below(path, name)}
+            if not found:
+                raise DataError(f"{given} is not in this index: name a document or a folder that was added")
+            chosen |= found
+        passages = device.catalog.remove(sorted(chosen))
         device.refresh_index()
-        total = device.store.count()
-    typer.echo(
-        f"{change.added:,} added, {change.replaced:,} replaced, {change.unchanged:,} unchanged, {removed:,} removed: "
-        f"{total:,} passages"
-    )
+        typer.echo(f"{len(chosen):,} documents removed, {passages:,} passages: {device.store.count():,} left")
 
 
 def status(home: Home, as_json: AsJson = False) -> None:
@@ -133,6 +166,7 @@ def status(home: Home, as_json: AsJson = False) -> None:
     for label, value in {
         "device": held["name"],
         "passages": f"{held['passages']:,} of {held['dimension']} dimensions, generation {held['generation']}",
+        "documents": ", ".join(f"{count:,} {kind}" for kind, count in held["documents"].items()) or "none",
         "owners": owners + more or "none",
         "index": held["index"] if held["index"] == "current" else f"{held['index']}; the next search builds it",
         "release": f"{release.id[:16]}, every file and the signature hold",
@@ -232,22 +266,6 @@ def budget(
 
     for table in budget_tables(report):
         Console().print(table)
-
-
-def _add_in_batches(device: Device, passages: list[Any]) -> Change:
-    from rich.console import Console
-    from rich.progress import track
-
-    from stillroom_client.store import Change
-
-    total = Change(0, 0, 0)
-    batches = range(0, len(passages), _BATCH)
-    for start in track(batches, "indexing", console=Console(stderr=True), transient=True):
-        change = device.add(passages[start : start + _BATCH])
-        total = Change(
-            *(sum(pair) for pair in zip(dataclasses.astuple(total), dataclasses.astuple(change), strict=True))
-        )
-    return total
 
 
 def _home_option(home: Path) -> str:

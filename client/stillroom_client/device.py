@@ -11,13 +11,15 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from stillroom_client.catalog import Catalog
+from stillroom_client.documents import NOWHERE, Metadata, Position
 from stillroom_client.encoder import Encoder
 from stillroom_client.home import (
     INDEX_NAME,
@@ -38,7 +40,11 @@ from stillroom_shared.release import Release, SealedAdapter, open_release
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """A passage that was found. `score` is the cosine of the query's and the passage's vectors; ranks begin at 1."""
+    """A passage that was found. `score` is the cosine of the query's and the passage's vectors; ranks begin at 1.
+
+    `document` is the path of the document that it stands in, "" for one that was added alone; `position` says where, and
+    `metadata` is what filters see (`documents.py`).
+    """
 
     rank: int
     score: float
@@ -46,11 +52,14 @@ class Hit:
     owner: str
     title: str
     text: str
+    document: str = ""
+    position: Position = NOWHERE
+    metadata: Metadata = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """What a device holds. `index` is "current", or why it will be built before the next search."""
+    """What a device holds. `index` is "current", or why it will be built before the next search; `documents` by type."""
 
     name: str
     generation: int
@@ -59,6 +68,7 @@ class Status:
     dimension: int
     index: Literal["current"] | Fault
     feedback: int
+    documents: dict[str, int] = field(default_factory=dict)
 
 
 class Device(Closing):
@@ -71,6 +81,7 @@ class Device(Closing):
         self.home = home
         self.identity = identity
         self.store = store
+        self.catalog = Catalog(store)
         self._threads = threads
         self._index: VectorIndex | None = None
         self._release: Release | None = None
@@ -173,8 +184,12 @@ class Device(Closing):
             return self.store.put(wanted, vectors)
         if not (fresh := self.store.changed(wanted)):
             return Change(0, 0, len(wanted))
-        change = self.store.put(fresh, self.encoder.encode_documents([passage.full_text for passage in fresh]))
+        change = self.store.put(fresh, self.embed(fresh))
         return Change(change.added, change.replaced, len(wanted) - change.added - change.replaced)
+
+    def embed(self, passages: Sequence[Passage]) -> NDArray[np.float32]:
+        """The vectors of passages (n, dim), by the release's document tower."""
+        return self.encoder.encode_documents([passage.full_text for passage in passages])
 
     def remove(self, ids: Iterable[str]) -> int:
         """Remove passages with their vectors and feedback; how many there were."""
@@ -189,11 +204,12 @@ class Device(Closing):
         vectors = self.encoder.encode_queries([text])
         with self._current_index() as index:
             scores, rows = index.search(vectors, k)
-            found = self.store.passages(rows[0])
-        ranked = ((float(score), found[row]) for score, row in zip(scores[0], rows[0].tolist(), strict=True))
+            stored = self.catalog.found(rows[0])
+        ranked = ((float(score), stored[row]) for score, row in zip(scores[0], rows[0].tolist(), strict=True))
         return [
-            Hit(rank, score, passage.id, passage.owner, passage.title, passage.text)
-            for rank, (score, passage) in enumerate(ranked, start=1)
+            Hit(rank, score, p.id, p.owner, p.title, p.text, found.document, found.position, found.metadata)
+            for rank, (score, found) in enumerate(ranked, start=1)
+            for p in (found.passage,)
         ]
 
     def search_many(self, vectors: NDArray[np.float32], k: int = 10) -> list[list[str]]:
@@ -262,6 +278,7 @@ class Device(Closing):
                 dimension=self.store.dimension,
                 index="current" if isinstance(loaded, VectorIndex) else loaded,
                 feedback=len(self.store.feedback()),
+                documents=self.catalog.types(),
             )
 
     def close(self) -> None:

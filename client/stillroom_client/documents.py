@@ -76,12 +76,15 @@ class Position:
         return f"page {self.page}" if self.page else f"line {self.line}" if self.line else ""
 
 
+NOWHERE = Position()  # of a passage that was added alone
+
+
 @dataclass(frozen=True, slots=True)
 class Located:
     """A passage, where it stands in its document, and what it adds to the document's metadata."""
 
     passage: Passage
-    position: Position = Position()
+    position: Position = NOWHERE
     metadata: Metadata = field(default_factory=dict)
 
 

@@ -39,6 +39,8 @@ def hits_table(hits: Sequence[Hit], query: str) -> Table:
     table.add_column("text", overflow="fold")
     for hit in hits:
         found = highlighted(snippet(hit.text, query), query)
+        if where := ", ".join(part for part in (plain(hit.document.rpartition("/")[2]), str(hit.position)) if part):
+            found = Text.assemble(found, "\n", (where, "dim"))
         if title := plain(hit.title):
             found = Text.assemble((title, "bold"), "\n", found)
         table.add_row(str(hit.rank), f"{hit.score:.3f}", Text(plain(hit.owner)), Text(plain(hit.passage_id)), found)

@@ -86,7 +86,22 @@ def read_passages(path: Path, *, owner: str) -> tuple[Passage, ...]:
     Raises:
         DataError: naming file, line and field.
     """
-    return tuple(_Reader(path.stat().st_size, lambda done, total: None).passages(path, owner))
+    return tuple(line.passage for line in read_lines(path, owner=owner))
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A passage of a file like corpus.jsonl, its line number, and those of its metadata that are strings or numbers."""
+
+    passage: Passage
+    number: int
+    metadata: dict[str, str | int | float | bool]
+
+
+def read_lines(path: Path, *, owner: str) -> Iterator[Line]:
+    """The same one after the other, however long the file is."""
+    for record in _Reader(path.stat().st_size, lambda done, total: None).records(path):
+        yield Line(record.passage(owner), record.place.line, record.scalars)
 
 
 def _judged(
@@ -180,6 +195,16 @@ class _Record:
         """A string that may be missing or null: then it is empty."""
         return "" if self.fields.get(field) is None else self.text(field, shown_as)
 
+    def passage(self, owner: str) -> Passage:
+        """This line of corpus.jsonl; `owner` has it if it names none."""
+        return Passage(self.id, self.owner or owner, self.text("text"), self.optional_text("title"))
+
+    @property
+    def scalars(self) -> dict[str, str | int | float | bool]:
+        """Metadata that a filter can compare; the rest, and what cannot be stored, is left out."""
+        kept = {key: value for key, value in self._metadata.fields.items() if isinstance(value, str | int | float)}
+        return {key: value for key, value in kept.items() if key != "owner" and _storable(key) and _storable(value)}
+
     def question(self) -> str:
         """The text of a query, which must have something to search for."""
         return self._non_empty("text")
@@ -217,7 +242,7 @@ class _Reader:
 
     def passages(self, path: Path, owner: str) -> Iterator[Passage]:
         for record in self.records(path):
-            yield Passage(record.id, record.owner or owner, record.text("text"), record.optional_text("title"))
+            yield record.passage(owner)
 
     def judgements(self, path: Path) -> Iterator[tuple[_Place, str, str, int]]:
         """(place, query id, passage id, score) of each row."""
@@ -257,6 +282,13 @@ class _Reader:
             raise DataError(f"{path} cannot be read ({error.strerror}): check its permissions") from error
         self.done += path.stat().st_size
         self.progress(self.done, self.total)
+
+
+def _storable(value: str | int | float) -> bool:
+    """Not half a surrogate pair, not infinite, and within SQLite's integers."""
+    if isinstance(value, str):
+        return not any("\ud800" <= letter <= "\udfff" for letter in value)
+    return abs(value) < 2**63
 
 
 def _decoded(place: _Place, line: bytes) -> str:

@@ -7,17 +7,21 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import Result
+from numpy.typing import NDArray
 from rich.console import Console
 from typer.testing import CliRunner
 
-from stillroom_client import cli
+from stillroom_client import adding
 from stillroom_client.device import Device, Hit
 from stillroom_client.show import hits_table, plain, snippet
 from stillroom_shared.cli import build_app
+from stillroom_shared.corpus import Passage
 from stillroom_shared.release import Release
 
 TEXTS = {"tapirs.md": "# Tapirs\n\nTapirs eat leaves.\n\nThey swim.", "zip.txt": "A zip file holds members."}
@@ -51,6 +55,7 @@ def test_from_nothing_to_an_answer(tmp_path: Path, tiny_release: Release, texts:
     assert f"Next: stillroom index add PATH... --home {home}" in created.stdout
     assert "compare it with" not in created.stdout
     assert run("index", "add", texts, "--home", home).stdout == (
+        "documents: 2 added, 0 changed, 0 unchanged, 0 removed, 0 not read\n"
         "3 added, 0 replaced, 0 unchanged, 0 removed: 3 passages\n"
     )
     hits = json.loads(run("search", "who swims", "--home", home, "--json").stdout)
@@ -71,6 +76,7 @@ def test_adding_again_follows_the_files(home: Path, texts: Path) -> None:
     run("index", "add", texts, "--home", home)
     (texts / "tapirs.md").write_text("# Tapirs\n\nTapirs eat leaves.\n\nThey sleep.\n\nThey run.")
     assert run("index", "add", texts, "--home", home).stdout == (
+        "documents: 0 added, 1 changed, 1 unchanged, 0 removed, 0 not read\n"
         "2 added, 0 replaced, 2 unchanged, 1 removed: 4 passages\n"
     )
     found = json.loads(run("search", "who swims", "--home", home, "--json").stdout)
@@ -80,21 +86,23 @@ def test_adding_again_follows_the_files(home: Path, texts: Path) -> None:
 def test_an_interrupted_add_keeps_the_batches_behind_it(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Guards against an hour of embedding that Ctrl-C throws away."""
+    """Guards against an hour of embedding that Ctrl-C throws away, and against half a document that is found."""
     (tmp_path / "long.txt").write_text("\n\n".join(f"paragraph {n}" for n in range(10)))
-    monkeypatch.setattr(cli, "_BATCH", 4)
-    real, calls = Device.add, []
+    monkeypatch.setattr(adding, "_BATCH", 4)
+    real, calls = Device.embed, []
 
-    def interrupted(self: Device, *arguments: object) -> object:
-        calls.append(arguments)
+    def interrupted(self: Device, passages: Sequence[Passage]) -> NDArray[np.float32]:
+        calls.append(len(passages))
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return real(self, *arguments)  # type: ignore[arg-type]
+        return real(self, passages)
 
-    monkeypatch.setattr(Device, "add", interrupted)
+    monkeypatch.setattr(Device, "embed", interrupted)
     done = run("index", "add", tmp_path / "long.txt", "--home", home)
     assert done.exit_code == 130
-    assert "2 added, 0 replaced, 8 unchanged" in run("index", "add", tmp_path / "long.txt", "--home", home).stdout
+    assert json.loads(run("index", "status", "--home", home, "--json").stdout)["passages"] == 0
+    assert "10 added, 0 replaced, 0 unchanged" in run("index", "add", tmp_path / "long.txt", "--home", home).stdout
+    assert calls == [4, 4, 2, 2]
 
 
 def test_refusals_say_what_to_do(home: Path, tmp_path: Path, tiny_release: Release) -> None:
@@ -104,7 +112,7 @@ def test_refusals_say_what_to_do(home: Path, tmp_path: Path, tiny_release: Relea
         (("search", "x", "--home", home), f"empty: add documents with `stillroom index add PATH... --home {home}`"),
         (("search", "x", "--home", nowhere), f"stillroom index create --home '{nowhere}' --release RELEASE"),
         (("index", "status", "--home", nowhere), "is not the home of a device"),
-        (("index", "add", tmp_path / "x.txt", "--home", home), "x.txt does not exist"),
+        (("index", "remove", tmp_path / "x.txt", "--home", home), "x.txt is not in this index"),
         (("index", "create", "--home", home, "--release", tiny_release.folder), "exists and is not empty"),
         (("index", "create", "--home", nowhere, "--release", nowhere), "manifest.json cannot be read"),
         (("feedback", "opened", "x", "p9", "--home", home), "passage 'p9' is not in this index"),
