@@ -47,23 +47,35 @@ def _blocks(document: Any, title: str) -> Iterator[Block]:
     path: tuple[tuple[int, str], ...] = ()
     groups: list[tuple[tuple[str, ...], str]] = []  # (headings, text); a list or a table is one
     in_list = False
+    bare: tuple[int, tuple[tuple[str, ...], str]] | None = None  # a heading under which nothing stands yet
     for element in _elements(document.element.body):
         headings = tuple(dict.fromkeys(part for part in (title, *(heading for _, heading in path)) if part))
         if element.tag == f"{_W}tbl":
             rows = (" | ".join(_text(cell) for cell in row.iter(f"{_W}tc")) for row in element.iter(f"{_W}tr"))
             groups.append((headings, "\n".join(rows)))
-            in_list = False
+            in_list, bare = False, None
             continue
         text = _text(element)
         level = levels.get(_style(element))
         listed = element.find(f"{_W}pPr/{_W}numPr") is not None or "list" in _style(element).lower()
         if level is not None and text:
+            if bare and level <= bare[0]:
+                groups.append(bare[1])
+            above = tuple(dict.fromkeys(part for part in (title, *(h for depth, h in path if depth < level)) if part))
+            bare = level, (above, text)
             path = path_with(path, level, " ".join(text.split()))
-        elif listed and in_list and groups:
+            in_list = False
+            continue
+        if not text:
+            continue
+        bare = None
+        if listed and in_list and groups:
             groups[-1] = (groups[-1][0], f"{groups[-1][1]}\n{text}")
         else:
             groups.append((headings, text))
-        in_list = listed and level is None
+        in_list = listed
+    if bare:
+        groups.append(bare[1])
     whole = "".join(f"{text}\n" for _, text in groups)
     place = 0
     for headings, text in groups:

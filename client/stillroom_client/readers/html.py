@@ -81,6 +81,7 @@ def read(name: str, content: bytes) -> Reading:
     page.feed(text)
     page.close()
     page.flush()
+    page.end()
     said = odd(encoding)
     metadata: dict[str, Scalar] = {**page.metadata, **said.get("metadata", {})}
     title = _flat(page.title) or next((block.headings[0] for block in page.blocks if block.headings), "")
@@ -103,6 +104,7 @@ class _Page(HTMLParser):
         self._groups = self._verbatim = 0
         self._in_title = False
         self._heading: str | None = None
+        self._bare: tuple[int, Block] | None = None  # a heading under which nothing stands yet
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         values = dict(attrs)
@@ -135,12 +137,17 @@ class _Page(HTMLParser):
             self._in_title = False
         elif _HEADING.fullmatch(tag) and self._heading:
             if heading := _flat("".join(self._parts)):
-                self._path = path_with(self._path, int(self._heading[1]), heading)
+                level = int(self._heading[1])
+                self._end_section(level)
+                above = tuple(item[1] for item in self._path if item[0] < level)
+                self._path = path_with(self._path, level, heading)
+                self._bare = level, Block(heading, above, None, self._line(), self._from, self._to)
             self._heading = None
             self._reset()
         elif tag in _BREAKS:
-            if tag == "pre":
-                self._verbatim = max(self._verbatim - 1, 0)
+            if tag == "pre" and self._verbatim:
+                self._break()
+                self._verbatim -= 1
             if tag in _GROUPS and self._groups:
                 self._groups -= 1
                 if not self._groups:
@@ -162,11 +169,24 @@ class _Page(HTMLParser):
         """End a block."""
         raw = "".join(self._parts)
         text = raw.strip("\n") if self._verbatim else "\n".join(line for p in raw.split("\n") if (line := _row(p)))
-        line = None if self._from is None else self._lines.number(self._from)
         headings = tuple(heading for _, heading in self._path)
         for begin, end in spans(text):
-            self.blocks.append(Block(text[begin:end], headings, None, line, self._from, self._to))
+            self.blocks.append(Block(text[begin:end], headings, None, self._line(), self._from, self._to))
+            self._bare = None
         self._reset()
+
+    def end(self) -> None:
+        """The last section has ended."""
+        self._end_section(0)
+
+    def _end_section(self, level: int) -> None:
+        """A heading of `level` follows: one of the same level or deeper without a text of its own is a text itself."""
+        if self._bare and level <= self._bare[0]:
+            self.blocks.append(self._bare[1])
+        self._bare = None
+
+    def _line(self) -> int | None:
+        return None if self._from is None else self._lines.number(self._from)
 
     def _break(self, inside: str = "\n") -> None:
         if self._groups or self._heading:

@@ -36,16 +36,26 @@ def _blocks(text: str, body: int) -> Iterator[Block]:
     first = lines.number(body)  # parsing begins on this line
     tokens = MarkdownIt("commonmark").enable("table").parse(text[body:])
     path: tuple[tuple[int, str], ...] = ()
+    bare: tuple[int, list[Block]] | None = None  # a heading under which nothing stands yet
     for number, token in enumerate(tokens):
         if token.level or token.nesting < 0 or token.map is None:
             continue
         if token.type == "heading_open":
-            path = path_with(path, int(token.tag[1:]), tokens[number + 1].content.strip())
+            level = int(token.tag[1:])
+            if bare and level <= bare[0]:
+                yield from bare[1]
+            above = tuple(heading for depth, heading in path if depth < level)
+            begin, end = (lines.start(first + line) for line in token.map)
+            bare = level, list(pieces(text, begin, end, headings=above, lines=lines))
+            path = path_with(path, level, tokens[number + 1].content.strip())
             continue
         for begin, end in _stretches(token, tokens[number + 1 :], text[body:]):
             start, stop = lines.start(first + begin), lines.start(first + end)
             if not _COMMENT.match(text[start:stop]):
+                bare = None
                 yield from pieces(text, start, stop, headings=tuple(heading for _, heading in path), lines=lines)
+    if bare:
+        yield from bare[1]
 
 
 def _stretches(token: Token, after: list[Token], body: str) -> list[tuple[int, int]]:
