@@ -125,7 +125,8 @@ class Adding:
         done.unchanged = len(found.files) - len(pending)
         kept = [file.id for file in found.files.values() if _same(file, known.get(file.id))]
         done.passages = Change(0, 0, self._catalog.count(kept))
-        self._embed(self._outcomes(pending, known, done), pending, known, done)
+        tally = _Meter(self._report, len(pending), sum(file.size for file in pending))
+        self._embed(self._outcomes(pending, known, done, tally), known, done, tally)
         self._remove(found, known, done)
         self._catalog.unstage()
         return done
@@ -136,7 +137,9 @@ class Adding:
         self._told = set(done.remarks)
         return fresh
 
-    def _outcomes(self, pending: list[File], known: dict[str, Document], done: Added) -> Iterator[_Outcome]:
+    def _outcomes(
+        self, pending: list[File], known: dict[str, Document], done: Added, tally: _Meter
+    ) -> Iterator[_Outcome]:
         """What was read, in order; failures become remarks. Reads ahead of whoever asks."""
         with ThreadPoolExecutor(1) as pool:
             try:
@@ -151,6 +154,7 @@ class Adding:
                         yield outcome
                     except UnreadableError as error:
                         self._refuse(file, str(error), known, done)
+                        tally.files(1, file.size)
                     ahead += [(file, pool.submit(self._read, file, known.get(file.id))) for file in islice(files, 1)]
             finally:
                 self._parser.close()  # ends what is being read, so that an interrupted run ends now
@@ -182,11 +186,8 @@ class Adding:
         self._refused[file.id] = (file, remark)
         done.remarks.append(replace(remark, text=text + stays))
 
-    def _embed(
-        self, outcomes: Iterator[_Outcome], pending: list[File], known: dict[str, Document], done: Added
-    ) -> None:
+    def _embed(self, outcomes: Iterator[_Outcome], known: dict[str, Document], done: Added, tally: _Meter) -> None:
         """Store what was read, several small documents embedded together."""
-        tally = _Meter(self._report, len(pending), sum(file.size for file in pending))
         batch: list[tuple[File, Document, list[Located]]] = []
         for file, found, passages in outcomes:
             if passages is None:

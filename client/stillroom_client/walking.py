@@ -5,7 +5,7 @@
 | a link to a file or folder, so also a loop | not followed: a line says so; a link that the owner names himself is |
 | a folder that may not be read | a line; what is indexed of it stays |
 | a pipe, socket or device | a line |
-| hidden files and folders, caches, environments, `~$` lock files | passed over and counted; named by the owner, they are read |
+| hidden files and folders, caches, environments, homes of devices, `~$` lock files | passed over and counted; named by the owner, they are read |
 | a folder with corpus.jsonl or corpus.jsonl.gz, named by the owner | stands for that file |
 | other `.jsonl` files | a line: they are corpora only where the owner names them |
 | a file that is met twice | read once |
@@ -24,7 +24,8 @@ from stillroom_client.reading import CORPORA, File, path_id
 
 _CORPUS_NAMES = ("corpus.jsonl", "corpus.jsonl.gz")
 _GENERATED = frozenset(("__pycache__", "node_modules", "__MACOSX"))
-_MARKS = ("pyvenv.cfg", "CACHEDIR.TAG")  # a folder that holds one is an environment or a cache
+# A folder that holds one of these is an environment, a cache, or the home of a device.
+_MARKS = ("pyvenv.cfg", "CACHEDIR.TAG", "store.sqlite3")
 
 
 @dataclass(frozen=True, slots=True)
