@@ -125,7 +125,7 @@ class Adding:
         done.unchanged = len(found.files) - len(pending)
         kept = [file.id for file in found.files.values() if _same(file, known.get(file.id))]
         done.passages = Change(0, 0, self._catalog.count(kept))
-        tally = _Meter(self._report, len(pending), sum(file.size for file in pending))
+        tally = _Meter(self._report, len(pending), sum(map(self._weight, pending)))
         self._embed(self._outcomes(pending, known, done, tally), known, done, tally)
         self._remove(found, known, done)
         self._catalog.unstage()
@@ -154,11 +154,15 @@ class Adding:
                         yield outcome
                     except UnreadableError as error:
                         self._refuse(file, str(error), known, done)
-                        tally.files(1, file.size)
+                        tally.files(1, self._weight(file))
                     ahead += [(file, pool.submit(self._read, file, known.get(file.id))) for file in islice(files, 1)]
             finally:
                 self._parser.close()  # ends what is being read, so that an interrupted run ends now
                 pool.shutdown(cancel_futures=True)
+
+    def _weight(self, file: File) -> int:
+        """Bytes that there are to read of a file: none of one that is refused for its size."""
+        return file.size if file.is_corpus or file.size <= self._limit else 0
 
     def _read(self, file: File, before: Document | None) -> tuple[_Outcome, tuple[str, ...]]:
         refused = self._refused.get(file.id)

@@ -5,7 +5,7 @@
 | a link to a file or folder, so also a loop | not followed: a line says so; a link that the owner names himself is |
 | a folder that may not be read | a line; what is indexed of it stays |
 | a pipe, socket or device | a line |
-| hidden files and folders, caches, environments, homes of devices, `~$` lock files | passed over and counted; named by the owner, they are read |
+| hidden or lock files, caches, environments, homes of devices | counted; named by the owner, they are read |
 | a folder with corpus.jsonl or corpus.jsonl.gz, named by the owner | stands for that file |
 | other `.jsonl` files | a line: they are corpora only where the owner names them |
 | a file that is met twice | read once |

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from email.message import EmailMessage
 
 import docx
+from docx.oxml import parse_xml
 
 
 def pdf(
@@ -63,7 +64,7 @@ def word() -> bytes:
     for tag, inner, text in (("ins", "t", " and round"), ("del", "delText", " and blue")):
         namespace = 'xmlns:w="http://schemas.openxmlformats.org/wordprocessingml/2006/main"'
         run = f"<w:r><w:{inner} xml:space='preserve'>{text}</w:{inner}></w:r>"
-        tracked._p.append(docx.oxml.parse_xml(f"<w:{tag} {namespace}>{run}</w:{tag}>"))
+        tracked._p.append(parse_xml(f"<w:{tag} {namespace}>{run}</w:{tag}>"))
     made.add_paragraph("apples", style="List Bullet")
     made.add_paragraph("plums", style="List Bullet")
     table = made.add_table(rows=2, cols=2)
@@ -73,7 +74,7 @@ def word() -> bytes:
     control = (
         f"<w:sdt {namespace}><w:sdtContent><w:p><w:r><w:t>Keep them cool.</w:t></w:r></w:p></w:sdtContent></w:sdt>"
     )
-    made.element.body.insert(-1, docx.oxml.parse_xml(control))
+    made.element.body.insert(-1, parse_xml(control))
     written = io.BytesIO()
     made.save(written)
     return written.getvalue()

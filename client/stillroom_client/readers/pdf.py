@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from importlib import import_module
 from typing import Any
 
 from stillroom_client.documents import Scalar
@@ -16,14 +17,13 @@ _LINE_END_HYPHEN = re.compile(r"[\x02\ufffe]\s*|(?<=\w)[-\u00ad]\s*\n\s*(?=[a-z\
 
 def read(name: str, content: bytes) -> Reading:
     """The pages' text. Title, author, subject and the date of creation, where the file gives them."""
-    import pypdfium2 as pdfium
-
+    pdfium: Any = import_module("pypdfium2")  # published without types
     try:
         pdf = pdfium.PdfDocument(content)
     except pdfium.PdfiumError as error:
         if "password" in str(error).lower():
             raise UnreadableError("is locked with a password: save a copy without one, and add that") from None
-        raise UnreadableError(f"is no PDF that can be read ({error}): open it and save it again") from None
+        raise UnreadableError(f"is no PDF that can be read ({str(error).rstrip('.')}): open it and save it again") from None
     with pdf:
         given = pdf.get_metadata_dict()
         title = given.get("Title", "").strip()
