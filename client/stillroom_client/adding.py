@@ -80,6 +80,7 @@ class Added:
 
 Report = Callable[[Tally], None]
 Embed = Callable[[Sequence[Passage]], NDArray[np.float32]]
+_CORPUS = Reading("corpus", ())
 _Outcome = tuple[File, Document, list[Located]] | tuple[File, Document, None]
 
 
@@ -109,6 +110,7 @@ class Adding:
         self._embedded = embed
         self._paths = list(paths)
         self._owner = owner
+        self._reader = f"{VERSION} for {owner}"
         self._parser = parser
         self._limit = limit
         self._report = report
@@ -120,15 +122,16 @@ class Adding:
         done, found = Added(), walk(self._paths)
         done.hidden = found.hidden
         done.remarks += found.remarks
-        known = self._catalog.documents()
-        pending = [file for file in found.files.values() if not _same(file, known.get(file.id))]
+        known = self._catalog.states()
+        pending = [file for file in found.files.values() if not self._same(file, known.get(file.id))]
         done.unchanged = len(found.files) - len(pending)
-        kept = [file.id for file in found.files.values() if _same(file, known.get(file.id))]
+        kept = [file.id for file in found.files.values() if self._same(file, known.get(file.id))]
         done.passages = Change(0, 0, self._catalog.count(kept))
         tally = _Meter(self._report, len(pending), sum(map(self._weight, pending)))
         self._embed(self._outcomes(pending, known, done, tally), known, done, tally)
         self._remove(found, known, done)
-        self._catalog.unstage()
+        if pending:
+            self._catalog.unstage()
         return done
 
     def news(self, done: Added) -> list[Remark]:
@@ -160,6 +163,16 @@ class Adding:
                 self._parser.close()  # ends what is being read, so that an interrupted run ends now
                 pool.shutdown(cancel_futures=True)
 
+    def _same(self, file: File, before: Document | None) -> bool:
+        """Whether a file need not be opened: stored whole for this owner, and unchanged by size and date since."""
+        return (
+            before is not None
+            and before.reader == self._reader
+            and bool(before.digest)
+            and (before.size, before.modified_ns) == (file.size, file.modified_ns)
+            and before.modified_ns + _RESOLUTION_NS < before.read_ns
+        )
+
     def _weight(self, file: File) -> int:
         """Bytes that there are to read of a file: none of one that is refused for its size."""
         return file.size if file.is_corpus or file.size <= self._limit else 0
@@ -174,14 +187,18 @@ class Adding:
                 digest = digest_of_file(file.path)
             except OSError as error:
                 raise UnreadableError(f"cannot be read ({error.strerror}): check its permissions") from None
-            same = before is not None and (before.digest, before.reader) == (digest, VERSION)
-            return (file, _corpus(file, digest, read_ns), None if same else []), ()
+            same = before is not None and (before.digest, before.reader) == (digest, self._reader)
+            return (file, document(file, _CORPUS, digest, read_ns, self._reader), None if same else []), ()
         content, now = load(file, limit=self._limit)
         digest = hashlib.sha256(content).digest()
-        if before is not None and (before.digest, before.reader) == (digest, VERSION):
+        if before is not None and (before.digest, before.reader) == (digest, self._reader):
             return (file, replace(before, modified_ns=now.modified_ns, read_ns=read_ns), None), ()
         reading = self._parser.read(file.path.name, content)
-        return (file, document(now, reading, digest, read_ns), located(now, reading, self._owner)), reading.notes
+        return (
+            file,
+            document(now, reading, digest, read_ns, self._reader),
+            located(now, reading, self._owner),
+        ), reading.notes
 
     def _refuse(self, file: File, text: str, known: dict[str, Document], done: Added) -> None:
         stays = "; its earlier version stays in the index" if file.id in known else ""
@@ -293,21 +310,6 @@ class _Meter:
     def embedded(self, passages: int, size: float) -> None:
         self._tally = replace(self._tally, passages=self._tally.passages + passages, bytes=self._tally.bytes + size)
         self._report(self._tally)
-
-
-def _same(file: File, before: Document | None) -> bool:
-    """Whether a file need not be opened: stored whole by these readers, and unchanged by size and date since."""
-    return (
-        before is not None
-        and before.reader == VERSION
-        and bool(before.digest)
-        and (before.size, before.modified_ns) == (file.size, file.modified_ns)
-        and before.modified_ns + _RESOLUTION_NS < before.read_ns
-    )
-
-
-def _corpus(file: File, digest: bytes, read_ns: int) -> Document:
-    return document(file, Reading("corpus", ()), digest, read_ns)
 
 
 def _sum(one: Change, other: Change) -> Change:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -31,6 +32,7 @@ from stillroom_shared.corpus import Passage
 from stillroom_shared.errors import DataError
 
 _COLUMNS = "path, type, title, size, modified_ns, read_ns, digest, reader, metadata"
+_DAY_NS = 86_400 * 10**9
 _PLACE = "place, page, line, start, stop"
 
 
@@ -44,6 +46,23 @@ class Catalog:
         """Every document by its path."""
         found = (_document(row) for row in self._store.query(f"SELECT {_COLUMNS} FROM documents ORDER BY path"))
         return {document.path: document for document in found}
+
+    def states(self) -> dict[str, Document]:
+        """The same without titles and metadata: what tells whether a file changed, for many documents at once."""
+        query = "SELECT path, type, size, modified_ns, read_ns, digest, reader FROM documents"
+        return {
+            path: Document(
+                path=path,
+                type=kind,
+                title="",
+                size=size,
+                modified_ns=modified,
+                read_ns=read,
+                digest=digest,
+                reader=reader,
+            )
+            for path, kind, size, modified, read, digest, reader in self._store.query(query)
+        }
 
     def document(self, path: str) -> Document | None:
         """The document of this path."""
@@ -71,24 +90,39 @@ class Catalog:
         return sorted(self._found("d.path = ?", path).values(), key=lambda found: found.position.place)
 
     def lacking(self, passages: Sequence[Passage]) -> list[Passage]:
-        """Those of which no vector is known: neither stored nor staged, under any id."""
-        query = "SELECT 1 FROM passages WHERE digest = ?1 UNION ALL SELECT 1 FROM staged WHERE digest = ?1 LIMIT 1"
-        wanted = {digest_of(passage): passage for passage in passages}
-        return [passage for digest, passage in wanted.items() if not self._store.query(query, (digest,))]
+        """Those of which no vector is known, under any id: the ones to embed and `stage` before `put`.
+
+        A vector that is stored under another id is staged here, so that it outlives the document that it is of.
+        """
+        stored = self._store.digests(passages)
+        wanted = {digest: p for p in passages if stored.get(p.id) != (digest := digest_of(p))}
+        lacking, elsewhere = [], []
+        for digest, passage in wanted.items():
+            if not self._store.query("SELECT 1 FROM staged WHERE digest = ?", (digest,)):
+                known = self._store.query("SELECT 1 FROM passages WHERE digest = ? LIMIT 1", (digest,))
+                (elsewhere if known else lacking).append((digest, passage))
+        if elsewhere:
+            with self._store.writing():
+                self._store.execute_many(
+                    "INSERT OR IGNORE INTO staged SELECT digest, scale, codes, ? FROM passages JOIN vectors USING (row) "
+                    "WHERE digest = ? LIMIT 1",
+                    ((time.time_ns(), digest) for digest, _ in elsewhere),
+                )
+        return [passage for _, passage in lacking]
 
     def stage(self, passages: Sequence[Passage], vectors: NDArray[np.float32]) -> None:
         """Keep the unit vectors (n, dim) of passages whose document is not complete yet; no generation of its own."""
         codes, scales = quantize(self._store.checked(passages, vectors))
         with self._store.writing():
             self._store.execute_many(
-                "INSERT OR REPLACE INTO staged VALUES (?, ?, ?)",
-                ((digest_of(p), float(scales[n]), codes[n].tobytes()) for n, p in enumerate(passages)),
+                "INSERT OR REPLACE INTO staged VALUES (?, ?, ?, ?)",
+                ((digest_of(p), float(scales[n]), codes[n].tobytes(), time.time_ns()) for n, p in enumerate(passages)),
             )
 
     def unstage(self) -> None:
-        """Forget vectors that no document came for."""
+        """Forget vectors that no document came for within a day: younger ones may be another process' work."""
         with self._store.writing():
-            self._store.query("DELETE FROM staged")
+            self._store.query("DELETE FROM staged WHERE staged_ns < ?", (time.time_ns() - _DAY_NS,))
 
     def put(self, document: Document, passages: Sequence[Located], *, whole: bool = True) -> Change:
         """Store a document with its passages, of which all vectors are known (`lacking`), as one generation.

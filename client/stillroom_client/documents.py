@@ -38,7 +38,7 @@ class Document:
         read_ns: when it was read. A file may change again within the resolution of its own clock: one that changed just
             before it was read is looked at again.
         digest: SHA-256 of its bytes; empty while not all of it is stored.
-        reader: name and version of what read it; another version reads it again.
+        reader: version of what read it, and for which owner; another one reads it again.
     """
 
     path: str

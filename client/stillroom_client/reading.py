@@ -32,7 +32,7 @@ from typing import IO, Any, Self
 from stillroom_client.documents import Document, Located, Position, Scalar
 from stillroom_client.readers.blocks import Reading, UnreadableError
 from stillroom_client.readers.decoding import decoded
-from stillroom_client.readers.kinds import VERSION, known
+from stillroom_client.readers.kinds import known
 from stillroom_client.readers.worker import reading
 from stillroom_shared.beir import read_lines
 from stillroom_shared.corpus import Passage
@@ -184,7 +184,7 @@ def digest_of_file(path: Path) -> bytes:
         return hashlib.file_digest(stream, "sha256").digest()
 
 
-def document(file: File, found: Reading, digest: bytes, read_ns: int) -> Document:
+def document(file: File, found: Reading, digest: bytes, read_ns: int, reader: str) -> Document:
     """The document of a file that was read."""
     changed = datetime.fromtimestamp(file.modified_ns / 1e9, UTC)
     date = _date(found.metadata.get("date")) or changed.date().isoformat()
@@ -204,7 +204,7 @@ def document(file: File, found: Reading, digest: bytes, read_ns: int) -> Documen
     }
     return Document(
         path=file.id, type=found.type, title=title, size=file.size, modified_ns=file.modified_ns, read_ns=read_ns,
-        digest=digest, reader=VERSION, metadata=metadata,
+        digest=digest, reader=reader, metadata=metadata,
     )  # fmt: skip
 
 

@@ -46,7 +46,8 @@ ALTER TABLE passages ADD COLUMN stop INTEGER;
 ALTER TABLE passages ADD COLUMN metadata TEXT NOT NULL DEFAULT '{}';
 CREATE INDEX passages_of_document ON passages (document, place);
 CREATE INDEX passages_by_digest ON passages (digest);
-CREATE TABLE staged (digest BLOB PRIMARY KEY, scale REAL NOT NULL, codes BLOB NOT NULL) WITHOUT ROWID;
+CREATE TABLE staged (
+    digest BLOB PRIMARY KEY, scale REAL NOT NULL, codes BLOB NOT NULL, staged_ns INTEGER NOT NULL) WITHOUT ROWID;
 CREATE VIEW described AS
     SELECT p.row AS row, json_set(json_patch(coalesce(d.metadata, '{}'), p.metadata), '$.owner', p.owner) AS metadata
     FROM passages p LEFT JOIN documents d ON d.number = p.document;

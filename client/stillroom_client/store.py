@@ -128,7 +128,7 @@ class Store:
     def changed(self, passages: Sequence[Passage]) -> list[Passage]:
         """Those that are new or differ from what is stored: the ones that need a vector."""
         refuse_repeated_ids(passages)
-        known = self._digests(passages)
+        known = self.digests(passages)
         return [passage for passage in passages if known.get(passage.id) != digest_of(passage)]
 
     def put(self, passages: Sequence[Passage], vectors: NDArray[np.float32]) -> Change:
@@ -136,7 +136,7 @@ class Store:
         refuse_repeated_ids(passages)
         codes, scales = quantize(self.checked(passages, vectors))
         with self.writing() as generation:
-            known = self._digests(passages)
+            known = self.digests(passages)
             fresh = [n for n, passage in enumerate(passages) if known.get(passage.id) != digest_of(passage)]
             replaced = [passages[n].id for n in fresh if passages[n].id in known]
             if fresh:
@@ -267,7 +267,8 @@ class Store:
     def _meta(self, key: str) -> Any:
         return self.query("SELECT value FROM meta WHERE key = ?", (key,))[0][0]
 
-    def _digests(self, passages: Sequence[Passage]) -> dict[str, bytes]:
+    def digests(self, passages: Sequence[Passage]) -> dict[str, bytes]:
+        """What is stored under the ids of these passages, as `digest_of` says it."""
         wanted = json.dumps([passage.id for passage in passages])
         return dict(self.query(f"SELECT id, digest FROM passages WHERE id {AMONG}", (wanted,)))
 

@@ -128,6 +128,24 @@ def test_changed_moved_and_deleted_files_are_followed(shelf: Shelf, parser: Pars
     assert lines == {"They sleep.": 3, "Tapirs eat leaves.": 5}
 
 
+def test_a_paragraph_moved_to_another_file_is_not_embedded_again(shelf: Shelf, parser: Parser, tmp_path: Path) -> None:
+    """Guards against a vector that is thrown away with the file it left, before the file it came to is stored."""
+    one, two = tmp_path / "1.txt", tmp_path / "2.txt"
+    for first, second in (("walks\n\nstays", "other"), ("stays", "other\n\nwalks"), ("stays\n\nwalks", "other")):
+        one.write_text(first)
+        two.write_text(second)
+        assert shelf.add(parser, one, two).failed == 0
+        assert shelf.texts() == {"walks", "stays", "other"}
+    assert not shelf.embedded
+
+
+def test_another_owner_reads_again(shelf: Shelf, parser: Parser, folder: Path) -> None:
+    """Guards against `--owner` that is ignored for files that did not change."""
+    shelf.add(parser, folder)
+    again = adding.Adding(shelf.catalog, [folder], embed=shelf.embed, owner="you", parser=parser)
+    assert again.run().changed == 7 and set(shelf.store.owners()) == {"you"}
+
+
 def test_a_touched_file_is_no_change(shelf: Shelf, parser: Parser, folder: Path) -> None:
     """Guards against re-reading what a backup or a checkout gave a new date."""
     shelf.add(parser, folder)

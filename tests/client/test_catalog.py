@@ -193,6 +193,15 @@ def test_sigkill_leaves_a_document_whole_or_absent(tmp_path: Path, moment: int) 
     assert len(shelf.embedded) == (50 if moment == 1 else 0) and shelf.store.count() == 51
 
 
+def test_vectors_of_others_are_not_forgotten_at_once(shelf: Shelf) -> None:
+    """Guards against one process that throws away what another is about to store."""
+    young = pieces("/a", "one", "two")
+    shelf.catalog.stage([i.passage for i in young], shelf.embed([i.passage for i in young]))
+    shelf.store.query("UPDATE staged SET staged_ns = 1 WHERE digest = ?", (digest_of(young[0].passage),))
+    shelf.catalog.unstage()
+    assert shelf.catalog.lacking([i.passage for i in young]) == [young[0].passage]
+
+
 def test_a_document_in_parts_is_unfinished_until_it_is_said_to_be_whole(shelf: Shelf) -> None:
     """Guards against an interrupted corpus that counts as indexed."""
     items = pieces("/c", "one", "two", "three")

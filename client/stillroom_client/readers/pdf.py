@@ -23,7 +23,9 @@ def read(name: str, content: bytes) -> Reading:
     except pdfium.PdfiumError as error:
         if "password" in str(error).lower():
             raise UnreadableError("is locked with a password: save a copy without one, and add that") from None
-        raise UnreadableError(f"is no PDF that can be read ({str(error).rstrip('.')}): open it and save it again") from None
+        raise UnreadableError(
+            f"is no PDF that can be read ({str(error).rstrip('.')}): open it and save it again"
+        ) from None
     with pdf:
         given = pdf.get_metadata_dict()
         title = given.get("Title", "").strip()
