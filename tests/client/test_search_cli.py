@@ -83,6 +83,24 @@ def test_adding_again_follows_the_files(home: Path, texts: Path) -> None:
     assert "They swim." not in {hit["text"] for hit in found}
 
 
+def test_bad_files_are_named_and_the_rest_is_found(home: Path, texts: Path) -> None:
+    """Guards against an exit status that says all is well, a remark that controls the terminal, and hits without a place."""
+    (texts / "broken\x1b[2J.pdf").write_bytes(b"%PDF- broken")
+    (texts / "tool.py").write_text("def swim(x):\n    return x\n")
+    done = run("index", "add", texts, "--home", home)
+    assert done.exit_code == 1 and "1 not read" in done.stdout
+    assert "broken[2J.pdf: is no PDF that can be read" in done.stderr and "\x1b[2J" not in done.stderr
+    hits = json.loads(run("search", "swim", "--home", home, "--json").stdout)
+    found = {hit["metadata"]["name"]: hit for hit in hits}
+    assert found["tool.py"]["metadata"]["symbol"] == "swim" and found["tool.py"]["position"]["line"] == 1
+    assert found["tool.py"]["document"] == str(texts / "tool.py")
+    assert "tool.py, line 1" in run("search", "swim", "--home", home).stdout
+    again = json.loads(run("index", "add", texts, "--home", home, "--json").stdout)
+    assert again["documents"] == {"added": 0, "changed": 0, "unchanged": 3, "removed": 0, "failed": 1}
+    assert (again["embedded"], again["passages"]["total"], again["remarks"][0]["kind"]) == (0, 4, "failed")
+    assert "3 documents removed, 4 passages: 0 left" in run("index", "remove", texts, "--home", home).stdout
+
+
 def test_an_interrupted_add_keeps_the_batches_behind_it(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
