@@ -115,7 +115,7 @@ def test_html_gives_what_a_reader_sees() -> None:
 def test_pdf_knows_pages_bookmarks_and_its_own_date() -> None:
     """Guards against passages that run over pages, and words broken by the layout that nobody can find."""
     content = pdf(
-        ["A pear grows in tempe-\nrate regions.", "Plums are blue.", "Index"],
+        ["A pear grows in tempe-\nrate regions.", "Plums are blue.", "Index", "iv"],
         title="Fruit",
         bookmarks=[("Pears", 0), ("Plums", 1)],
     )
@@ -125,7 +125,7 @@ def test_pdf_knows_pages_bookmarks_and_its_own_date() -> None:
         (2, "Fruit > Plums", "Plums are blue."),
         (3, "Fruit > Plums", "Index"),
     ]
-    assert found.metadata == {"pages": 3, "author": "Ann Author", "date": "2019-02-03"}
+    assert found.metadata == {"pages": 4, "author": "Ann Author", "date": "2019-02-03"}
     assert kind("no-suffix", content) == "pdf" and not found.notes
     scanned = read("scan.pdf", pdf(["", ""]))
     assert not scanned.blocks and "holds no text" in scanned.notes[0]

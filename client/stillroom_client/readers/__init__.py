@@ -11,8 +11,9 @@
 | code | `ast` for Python, else lines that declare something | a function, method or class | file, then names |
 
 Why these: markdown-it-py comes with rich. The standard library's HTML parser knows where in the source it is, never recurses,
-and is one dependency less than lxml or selectolax. PDFium is fuzzed daily by a browser and reads pages several times faster
-than pypdf. tree-sitter's grammars are a hundred megabytes or a download; a declaration is found without them.
+and is one dependency less than lxml or selectolax. PDFium is fuzzed daily by a browser and, measured on two manuals of 36 and
+17 pages, nine times as fast as pypdf with the same text. tree-sitter's language pack fetches grammars from the network when
+they are first needed; a line that declares something is found without a grammar.
 
 A reader trusts nothing: it runs in a process of its own (`reading.py`), which may hang, crash or fill its memory.
 """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from itertools import islice
 
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
@@ -49,7 +50,7 @@ def _blocks(text: str, body: int) -> Iterator[Block]:
             bare = level, list(pieces(text, begin, end, headings=above, lines=lines))
             path = path_with(path, level, tokens[number + 1].content.strip())
             continue
-        for begin, end in _stretches(token, tokens[number + 1 :], text[body:]):
+        for begin, end in _stretches(tokens, number, lines, first):
             start, stop = lines.start(first + begin), lines.start(first + end)
             if not _COMMENT.match(text[start:stop]):
                 bare = None
@@ -58,18 +59,18 @@ def _blocks(text: str, body: int) -> Iterator[Block]:
         yield from bare[1]
 
 
-def _stretches(token: Token, after: list[Token], body: str) -> list[tuple[int, int]]:
+def _stretches(tokens: list[Token], number: int, lines: Lines, first: int) -> list[tuple[int, int]]:
     """Line ranges of a block: one, or one an item for a list that is too long for a passage."""
+    token = tokens[number]
     assert token.map is not None
     begin, end = token.map
-    if token.type in ("bullet_list_open", "ordered_list_open"):
-        lines = body.split("\n", end)[begin:end]
-        if sum(map(len, lines)) > LIMIT:
-            items: list[tuple[int, int]] = []
-            for inner in after:
-                if inner.level == 0 and inner.nesting < 0:
-                    break
-                if inner.type == "list_item_open" and inner.level == 1 and inner.map is not None:
-                    items.append((inner.map[0], inner.map[1]))
-            return items
-    return [(begin, end)]
+    is_list = token.type in ("bullet_list_open", "ordered_list_open")
+    if not is_list or lines.start(first + end) - lines.start(first + begin) <= LIMIT:
+        return [(begin, end)]
+    items: list[tuple[int, int]] = []
+    for inner in islice(tokens, number + 1, None):
+        if inner.level == 0:
+            break
+        if inner.type == "list_item_open" and inner.level == 1 and inner.map is not None:
+            items.append((inner.map[0], inner.map[1]))
+    return items

@@ -11,6 +11,7 @@ from stillroom_client.documents import Scalar
 from stillroom_client.readers.blocks import LIMIT, Block, Reading, UnreadableError, path_with, spans
 
 _DATE = re.compile(r"D:(\d{4})(\d\d)?(\d\d)?")
+_PAGE_NUMBER = re.compile(r"\d{1,4}|[ivxlc]{1,6}")  # alone in a paragraph
 # PDFium marks a hyphen that a line ended with by a character that is none, and then leaves the line break out.
 _LINE_END_HYPHEN = re.compile(r"[\x02\ufffe]\s*|(?<=\w)[-\u00ad]\s*\n\s*(?=[a-z\u00df-\u00ff])")
 
@@ -39,9 +40,8 @@ def read(name: str, content: bytes) -> Reading:
             except pdfium.PdfiumError:
                 broken += 1
                 continue
-            found = list(_page(text, number + 1, headings))
-            empty += not found
-            blocks += found
+            empty += not text.strip()
+            blocks += _page(text, number + 1, headings)
         pages = len(pdf)
     return Reading("pdf", tuple(blocks), title, _metadata(given, pages), tuple(_notes(pages, empty, broken)))
 
@@ -70,6 +70,8 @@ def _page(text: str, number: int, headings: tuple[str, ...]) -> Iterator[Block]:
 def _cut(text: str, start: int, stop: int, number: int, headings: tuple[str, ...]) -> Iterator[Block]:
     for begin, end in spans(text, start, stop):
         said = " ".join(_LINE_END_HYPHEN.sub("", text[begin:end]).split())
+        if _PAGE_NUMBER.fullmatch(said):
+            continue
         yield Block(said, headings, number, None, begin, end, {"page": number})
 
 
