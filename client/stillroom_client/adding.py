@@ -188,7 +188,8 @@ class Adding:
             except OSError as error:
                 raise UnreadableError(f"cannot be read ({error.strerror}): check its permissions") from None
             same = before is not None and (before.digest, before.reader) == (digest, self._reader)
-            return (file, document(file, _CORPUS, digest, read_ns, self._reader), None if same else []), ()
+            found = document(file, _CORPUS, digest, read_ns, self._reader)
+            return ((file, found, None) if same else (file, found, [])), ()
         content, now = load(file, limit=self._limit)
         digest = hashlib.sha256(content).digest()
         if before is not None and (before.digest, before.reader) == (digest, self._reader):

@@ -96,7 +96,8 @@ class Catalog:
         """
         stored = self._store.digests(passages)
         wanted = {digest: p for p in passages if stored.get(p.id) != (digest := digest_of(p))}
-        lacking, elsewhere = [], []
+        lacking: list[tuple[bytes, Passage]] = []
+        elsewhere: list[tuple[bytes, Passage]] = []
         for digest, passage in wanted.items():
             if not self._store.query("SELECT 1 FROM staged WHERE digest = ?", (digest,)):
                 known = self._store.query("SELECT 1 FROM passages WHERE digest = ? LIMIT 1", (digest,))

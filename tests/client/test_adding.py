@@ -22,7 +22,7 @@ from tests.client.shelf import Shelf
 from stillroom_client import adding, reading
 from stillroom_client.adding import Tally
 from stillroom_client.following import follow
-from stillroom_client.readers.blocks import UnreadableError
+from stillroom_client.readers.blocks import Reading, UnreadableError
 from stillroom_client.reading import File, Parser, load
 from stillroom_client.store import Change
 from stillroom_client.walking import Remark, walk
@@ -374,7 +374,7 @@ def test_a_corpus_is_read_line_by_line_and_followed(shelf: Shelf, parser: Parser
     assert (first.passage, second.passage) == (Passage("7", "zoo", "t", "T"), Passage("8", "me", "u", ""))
     assert (first.metadata["year"], first.metadata["open"], first.position.line) == (1999, True, 1)
     assert first.metadata["type"] == "corpus" and "tags" not in first.metadata
-    path.write_bytes(gzip.compress(json.dumps(rows[1] | {"text": "v"}).encode()))
+    path.write_bytes(gzip.compress(json.dumps({"_id": "8", "text": "v"}).encode()))
     done = shelf.add(parser, tmp_path)
     assert (done.changed, done.passages) == (1, Change(0, 1, 0, 1)) and shelf.store.ids() == ["8"]
     path.write_bytes(gzip.compress(b'{"_id": "9", "text": "fine"}\n{"_id": "8", "text": 5}'))
@@ -463,7 +463,12 @@ def test_a_watched_folder_is_followed_and_says_things_once(
     device = Refreshed()
     read = []
     real = Parser.read
-    monkeypatch.setattr(Parser, "read", lambda self, name, content: (read.append(name), real(self, name, content))[1])
+
+    def noted(self: Parser, name: str, content: bytes) -> Reading:
+        read.append(name)
+        return real(self, name, content)
+
+    monkeypatch.setattr(Parser, "read", noted)
     follow(run, device, view, every=0.01, sleep=sleep)  # type: ignore[arg-type]
     assert [(done.added, done.changed, done.removed) for done, _ in view.shown] == [(1, 0, 0), (0, 0, 1), (1, 0, 0)]
     assert all(not news for _, news in view.shown[:2])

@@ -78,7 +78,7 @@ def read(name: str, content: bytes) -> Reading:
         blocks = _python(name, text)
     if blocks is None:
         blocks = tuple(_declarations(name, text))
-    return Reading("code", blocks, "", {"language": language, **said.get("metadata", {})}, said.get("notes", ()))
+    return Reading("code", blocks, "", {"language": language, **said.metadata}, said.notes)
 
 
 def _python(name: str, text: str) -> tuple[Block, ...] | None:
@@ -117,7 +117,8 @@ def _body(
 
 def _declarations(name: str, text: str) -> Iterator[Block]:
     lines, rows = Lines(text), text.split("\n")
-    begin, path = 0, []  # path: (indentation, name)
+    begin = 0
+    path: list[tuple[int, str]] = []  # (indentation, name)
     for number, row in enumerate(rows):
         found = _DECLARED.match(row) if len(row) < 400 else None
         if found is None or _LEADING.match(row):

@@ -83,10 +83,10 @@ def read(name: str, content: bytes) -> Reading:
     page.flush()
     page.end()
     said = odd(encoding)
-    metadata: dict[str, Scalar] = {**page.metadata, **said.get("metadata", {})}
+    metadata: dict[str, Scalar] = {**page.metadata, **said.metadata}
     title = _flat(page.title) or next((block.headings[0] for block in page.blocks if block.headings), "")
     blocks = tuple(_titled(block, title) for block in page.blocks)
-    return Reading("html", blocks, title, metadata, said.get("notes", ()))
+    return Reading("html", blocks, title, metadata, said.notes)
 
 
 class _Page(HTMLParser):

@@ -6,7 +6,7 @@ import dataclasses
 import email
 import email.policy
 from collections.abc import Callable, Iterator
-from email.message import EmailMessage
+from email.message import EmailMessage, Message
 
 from stillroom_client.documents import Scalar
 from stillroom_client.readers import html, plain
@@ -61,7 +61,7 @@ def _attachments(
     for part in parts:
         named = part.get_filename() or ""
         inner = part.get_payload()
-        if part.get_content_type() == "message/rfc822" and isinstance(inner, list) and inner:
+        if part.get_content_type() == "message/rfc822" and isinstance(inner, list) and isinstance(inner[0], Message):
             named, raw = named or "message.eml", inner[0].as_bytes()
         else:
             raw = _payload(part, text=False)
@@ -78,7 +78,7 @@ def _attachments(
             yield dataclasses.replace(block, headings=headings, metadata={**block.metadata, "attachment": named})
 
 
-def _payload(part: EmailMessage, *, text: bool = True) -> bytes:
+def _payload(part: Message, *, text: bool = True) -> bytes:
     """The decoded bytes of a part; as UTF-8 if it is text in an encoding that it names truly."""
     raw = part.get_payload(decode=True)
     raw = raw if isinstance(raw, bytes) else b""

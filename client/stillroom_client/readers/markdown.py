@@ -28,8 +28,8 @@ def read(name: str, content: bytes) -> Reading:
     blocks = tuple(_blocks(text, body))
     title = fields.pop("title", "") or next((block.headings[0] for block in blocks if block.headings), "")
     said = odd(encoding)
-    metadata: dict[str, Scalar] = {**fields, **said.get("metadata", {})}
-    return Reading("markdown", blocks, title, metadata, said.get("notes", ()))
+    metadata: dict[str, Scalar] = {**fields, **said.metadata}
+    return Reading("markdown", blocks, title, metadata, said.notes)
 
 
 def _blocks(text: str, body: int) -> Iterator[Block]:

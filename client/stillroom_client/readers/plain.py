@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from typing import NamedTuple
 
+from stillroom_client.documents import Scalar
 from stillroom_client.readers.blocks import Block, Lines, Reading, pieces
 from stillroom_client.readers.decoding import decoded
 
@@ -14,7 +16,8 @@ _PARAGRAPH = re.compile(r"(?:[^\n]*\S[^\n]*(?:\n|\Z))+")
 def read(name: str, content: bytes) -> Reading:
     """The paragraphs of a text file."""
     text, encoding = decoded(content)
-    return Reading("text", tuple(paragraphs(text)), **odd(encoding))
+    said = odd(encoding)
+    return Reading("text", tuple(paragraphs(text)), "", said.metadata, said.notes)
 
 
 def paragraphs(text: str, *, headings: tuple[str, ...] = ()) -> Iterator[Block]:
@@ -24,8 +27,13 @@ def paragraphs(text: str, *, headings: tuple[str, ...] = ()) -> Iterator[Block]:
         yield from pieces(text, found.start(), found.end(), headings=headings, lines=lines)
 
 
-def odd(encoding: str) -> dict[str, object]:
-    """What a reading says of an encoding that is not UTF-8."""
-    if not encoding:
-        return {}
-    return {"metadata": {"encoding": encoding}, "notes": (f"is not UTF-8: read as {encoding}",)}
+class Odd(NamedTuple):
+    """What a reading says of an encoding that is not UTF-8; nothing of one that is."""
+
+    metadata: dict[str, Scalar]
+    notes: tuple[str, ...]
+
+
+def odd(encoding: str) -> Odd:
+    """Metadata and a note about an encoding that `decoded` names."""
+    return Odd({"encoding": encoding}, (f"is not UTF-8: read as {encoding}",)) if encoding else Odd({}, ())
