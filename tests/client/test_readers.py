@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import sys
 
 import pytest
 from hypothesis import given, settings
@@ -302,3 +303,15 @@ def test_binary_is_refused(content: bytes) -> None:
 def test_line_breaks_of_every_system_are_one() -> None:
     """Guards against a file that is one long paragraph because it comes from Windows."""
     assert shown(read("a.txt", b"# one\r\n\r\ntwo\r\n \r\n\rthree")) == [("", "# one"), ("", "two"), ("", "three")]
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "package"), [("a.docx", "docx", "python-docx"), ("a.pdf", "pypdfium2", "pypdfium2")]
+)
+def test_a_missing_parser_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, name: str, module: str, package: str
+) -> None:
+    """Guards against a traceback, or a damaged-file message, where only an installation is incomplete."""
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(UnreadableError, match=f"needs a parser that is not installed.*: pip install {package}"):
+        read(name, b"%PDF-")
