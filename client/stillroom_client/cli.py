@@ -9,6 +9,7 @@ import dataclasses
 import json
 import os
 import shlex
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +17,14 @@ import typer
 
 Home = Annotated[Path, typer.Option(help="Home of the device.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+class SearchMode(StrEnum):
+    """`stillroom_client.ranking.Mode`, for the command line, which must not wait for NumPy to print its help."""
+
+    DENSE = "dense"
+    BM25 = "bm25"
+    HYBRID = "hybrid"
 
 
 def register(app: typer.Typer) -> None:
@@ -41,6 +50,13 @@ def search(
     query: Annotated[str, typer.Argument(help="What you look for, in your own words.")],
     home: Home,
     k: Annotated[int, typer.Option("-k", min=1, help="Results to show.")] = 10,
+    mode: Annotated[
+        SearchMode, typer.Option(help="What ranks: the meaning (dense), the words (bm25), or both.")
+    ] = SearchMode.HYBRID,
+    where: Annotated[
+        str | None,
+        typer.Option(metavar="FILTER", help="Only passages that fulfil it, such as \"owner in (zoo, 'city museum')\"."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Search the documents of a device. Nothing leaves it."""
@@ -52,13 +68,21 @@ def search(
             raise DataError(
                 f"the index is empty: add documents with `stillroom index add PATH... {_home_option(home)}`"
             )
-        hits = device.search(query, k)
+        hits = device.search(query, k, mode=mode.value, where=where)
+    from stillroom_client.show import highlights, hits_table, snippet
+
     if as_json:
-        _print_json([dataclasses.asdict(hit) for hit in hits])
+        shown = [(hit, snippet(hit.text, query)) for hit in hits]
+        _print_json([dataclasses.asdict(h) | {"snippet": s, "highlights": highlights(s, query)} for h, s in shown])
+        return
+    if not hits:
+        typer.echo(
+            "no passage has a word of the query" + (" and fulfils the filter" if where else "")
+            if mode is SearchMode.BM25
+            else "no passage fulfils the filter"
+        )
         return
     from rich.console import Console
-
-    from stillroom_client.show import hits_table
 
     Console().print(hits_table(hits, query))
 
@@ -168,7 +192,8 @@ def status(home: Home, as_json: AsJson = False) -> None:
         "passages": f"{held['passages']:,} of {held['dimension']} dimensions, generation {held['generation']}",
         "documents": ", ".join(f"{count:,} {kind}" for kind, count in held["documents"].items()) or "none",
         "owners": owners + more or "none",
-        "index": held["index"] if held["index"] == "current" else f"{held['index']}; the next search builds it",
+        "index": _state(held["index"]),
+        "words": _state(held["text_index"]),
         "release": f"{release.id[:16]}, every file and the signature hold",
         "signed by": held["trusted_key"],
         "adapter": f"of round {held['adapter_round']}" if held["adapter_round"] else "none yet",
@@ -266,6 +291,10 @@ def budget(
 
     for table in budget_tables(report):
         Console().print(table)
+
+
+def _state(state: str) -> str:
+    return state if state == "current" else f"{state}; the next search builds it"
 
 
 def _home_option(home: Path) -> str:

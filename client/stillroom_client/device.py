@@ -9,20 +9,19 @@ nothing committed is lost and nothing half-written is served. Threads and proces
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from stillroom_client.analysis import clean
 from stillroom_client.catalog import Catalog
-from stillroom_client.documents import NOWHERE, Metadata, Position
+from stillroom_client.derived import Indexes, State
 from stillroom_client.encoder import Encoder
+from stillroom_client.filters import compile_filter
 from stillroom_client.home import (
-    INDEX_NAME,
     RELEASE_NAME,
     STORE_NAME,
     Identity,
@@ -30,43 +29,28 @@ from stillroom_client.home import (
     create_home,
     replace_adapter,
 )
-from stillroom_client.index import Fault, VectorIndex
-from stillroom_client.store import Change, Feedback, Generation, Store
+from stillroom_client.ranking import Hit, Mode, ranking
+from stillroom_client.store import Change, Feedback, Store
 from stillroom_shared.closing import Closing
 from stillroom_shared.corpus import Passage
-from stillroom_shared.errors import ReleaseError
+from stillroom_shared.errors import ReleaseError, SettingsError
 from stillroom_shared.release import Release, SealedAdapter, open_release
 
 
 @dataclass(frozen=True, slots=True)
-class Hit:
-    """A passage that was found. `score` is the cosine of the query's and the passage's vectors; ranks begin at 1.
-
-    `document` is the path of the document that it stands in, "" for one that was added alone; `position` says where, and
-    `metadata` is what filters see (`documents.py`).
-    """
-
-    rank: int
-    score: float
-    passage_id: str
-    owner: str
-    title: str
-    text: str
-    document: str = ""
-    position: Position = NOWHERE
-    metadata: Metadata = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
 class Status:
-    """What a device holds. `index` is "current", or why it will be built before the next search; `documents` by type."""
+    """What a device holds; `documents` by type.
+
+    `index` (of vectors) and `text_index` are "current", or why they will be built before a search.
+    """
 
     name: str
     generation: int
     passages: int
     owners: dict[str, int]
     dimension: int
-    index: Literal["current"] | Fault
+    index: State
+    text_index: State
     feedback: int
     documents: dict[str, int] = field(default_factory=dict)
 
@@ -83,7 +67,7 @@ class Device(Closing):
         self.store = store
         self.catalog = Catalog(store)
         self._threads = threads
-        self._index: VectorIndex | None = None
+        self._indexes = Indexes(home, store)
         self._release: Release | None = None
         self._encoder: Encoder | None = None
         self._lock = threading.RLock()
@@ -199,22 +183,27 @@ class Device(Closing):
         """Whether a passage of this id is stored."""
         return self.store.has(passage_id)
 
-    def search(self, text: str, k: int = 10) -> list[Hit]:
-        """The k passages nearest to a query, best first; fewer when the index is smaller."""
-        vectors = self.encoder.encode_queries([text])
-        with self._current_index() as index:
-            scores, rows = index.search(vectors, k)
-            stored = self.catalog.found(rows[0])
-        ranked = ((float(score), stored[row]) for score, row in zip(scores[0], rows[0].tolist(), strict=True))
-        return [
-            Hit(rank, score, p.id, p.owner, p.title, p.text, found.document, found.position, found.metadata)
-            for rank, (score, found) in enumerate(ranked, start=1)
-            for p in (found.passage,)
-        ]
+    def search(self, text: str, k: int = 10, *, mode: Mode = "hybrid", where: str | None = None) -> list[Hit]:
+        """The k best passages for a plain text, best first; fewer when there are fewer.
+
+        Args:
+            mode: by vectors ("dense"), by words ("bm25", of passages that have one of them; needs no release), or by both.
+            where: only passages that fulfil this filter (`filters.py`), `FilterError` when it cannot be read.
+        """
+        if k < 1:
+            raise SettingsError(f"k = {k} is out of range: ask for at least 1 result")
+        text = clean(text)
+        condition = None if where is None else compile_filter(where, self.store.field)
+        vectors = None if mode == "bm25" else self.encoder.encode_queries([text])
+        with self._indexes.current(dense=mode != "bm25", text=mode != "dense") as current:
+            rows = None if condition is None else self._indexes.selected(condition, current.generation)
+            found = ranking(current, mode, text, vectors, k, rows)
+            stored = self.catalog.found(fused.row for fused in found)
+        return [Hit.of(rank, fused, stored[fused.row]) for rank, fused in enumerate(found, start=1)]
 
     def search_many(self, vectors: NDArray[np.float32], k: int = 10) -> list[list[str]]:
         """Passage ids for each of many query vectors (n, dim), best first: what evaluation needs."""
-        with self._current_index() as index:
+        with self._indexes.vectors() as index:
             _, rows = index.search(vectors, k)
             names = self.store.names(np.unique(rows))
         return [[names[row] for row in own] for own in rows.tolist()]
@@ -224,7 +213,7 @@ class Device(Closing):
 
         From the raw index, without filter or cache, each row from its own query vector alone.
         """
-        with self._current_index() as index:
+        with self._indexes.vectors() as index:
             _, rows = index.search(vectors, k)  # (n, m)
             known, stored = self.store.vectors(np.unique(rows))
             names = self.store.names(known)
@@ -262,21 +251,22 @@ class Device(Closing):
         return sealed
 
     def refresh_index(self) -> None:
-        """Bring the saved index up to date now, so that the next search need not."""
-        with self._current_index():
+        """Bring the saved indexes up to date now, so that the next search need not."""
+        with self._indexes.current(dense=True, text=True):
             pass
 
     def status(self) -> Status:
         """What is stored, as one generation, and in what state its index is."""
         with self.store.reading() as generation:
-            loaded = VectorIndex.load(self.home / INDEX_NAME, generation)
+            states = self._indexes.states(generation)
             return Status(
                 name=self.identity.name,
                 generation=generation.number,
                 passages=self.store.count(),
                 owners=self.store.owners(),
                 dimension=self.store.dimension,
-                index="current" if isinstance(loaded, VectorIndex) else loaded,
+                index=states[0],
+                text_index=states[1],
                 feedback=len(self.store.feedback()),
                 documents=self.catalog.types(),
             )
@@ -284,24 +274,3 @@ class Device(Closing):
     def close(self) -> None:
         """Give the files back."""
         self.store.close()
-
-    @contextmanager
-    def _current_index(self) -> Iterator[VectorIndex]:
-        """The index of the generation that the store shows inside, loaded or built when need be."""
-        with self.store.reading() as generation:
-            if index := self._loaded(generation):
-                yield index
-                return
-        # As a writer: one process builds while the others wait for it, and nothing changes meanwhile.
-        with self.store.writing() as generation:
-            if not (index := self._loaded(generation)):
-                index = self._index = VectorIndex.build(*self.store.vectors(), generation)
-                with suppress(OSError):  # a full disk must not stop the search; the next one builds again
-                    index.save(self.home / INDEX_NAME)
-            yield index
-
-    def _loaded(self, generation: Generation) -> VectorIndex | None:
-        if self._index is None or self._index.generation != generation:
-            found = VectorIndex.load(self.home / INDEX_NAME, generation)
-            self._index = found if isinstance(found, VectorIndex) else None
-        return self._index

@@ -6,7 +6,8 @@
 | `release/` | the release, copied; or a relative link to it |
 | `adapter` | a link to the adapter in use, as its publisher sealed it; absent before the first |
 | `store.sqlite3` | the truth: passages, vectors, feedback |
-| `index.faiss` | derived from the store by whoever searches first after a change |
+| `index.faiss` | vectors; derived from the store by whoever searches first after a change |
+| `index.tantivy/` | words; derived in the same way, one folder a generation (`text_index.py`) |
 
 `participation.py` adds a ledger, its key and what the owner consents to. Homes appear whole or not at all, and an
 adapter is replaced in one step.
@@ -33,6 +34,7 @@ RELEASE_NAME = "release"
 ADAPTER_NAME = "adapter"
 STORE_NAME = "store.sqlite3"
 INDEX_NAME = "index.faiss"
+TEXT_INDEX_NAME = "index.tantivy"
 
 
 class Identity(BaseModel):

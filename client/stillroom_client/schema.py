@@ -8,6 +8,7 @@
 | `vectors` | the int8 vector of each passage |
 | `staged` | vectors of passages whose document is not complete yet, by the passage's digest |
 | `feedback` | what was opened |
+| `history`, `removed` | what derived indexes are brought forward by (`history.py`) |
 
 `described` is a view for filters: for each passage's row one JSON object of names and scalars, the document's metadata
 with the passage's own laid over it, and the owner:
@@ -21,6 +22,8 @@ A row number means one text for ever, but where a passage stands and what descri
 from __future__ import annotations
 
 import sqlite3
+
+from stillroom_client import history
 
 # Step n leads from version n to version n + 1. Never edit one that was released: add another.
 STEPS = (
@@ -52,6 +55,7 @@ CREATE VIEW described AS
     SELECT p.row AS row, json_set(json_patch(coalesce(d.metadata, '{}'), p.metadata), '$.owner', p.owner) AS metadata
     FROM passages p LEFT JOIN documents d ON d.number = p.document;
 """,
+    "",  # `history`, `removed` and their trigger: history.py
 )
 VERSION = len(STEPS)
 
@@ -61,4 +65,5 @@ def upgrade(db: sqlite3.Connection, version: int) -> None:
     for step in STEPS[version:]:
         for statement in filter(str.strip, step.split(";")):  # executescript would commit
             db.execute(statement)
+    history.begin(db)
     db.execute("INSERT OR REPLACE INTO meta VALUES ('schema', ?)", (VERSION,))

@@ -15,25 +15,26 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 from rich.text import Text
 
-from stillroom_client.device import Hit
+from stillroom_client.analysis import spelled_out, terms, words
+from stillroom_client.ranking import Hit
 from stillroom_shared.statement import COORDINATOR, READERS, printed_epsilon
 
 if TYPE_CHECKING:
     from stillroom_client.budget import BudgetReport, Guarantee
 
 _WORD = re.compile(r"\w+")
-_STEM = 5  # letters that words share when one is a form of the other: "listing", "listed"
-_COMMON = frozenset(
-    ("and", "are", "can", "does", "for", "from", "how", "its", "not", "that", "the", "this", "what", "with")
-)
 _SNIPPET_LETTERS = 180
 
 
 def hits_table(hits: Sequence[Hit], query: str) -> Table:
-    """Rank, score, owner, passage and the most relevant sentence of each hit."""
+    """Rank, score, owner, passage and the most relevant sentence of each hit; its ranks in both lists where they were fused."""
+    fused = any(hit.bm25_rank for hit in hits) and any(hit.dense_rank for hit in hits)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 1, 0), header_style="dim")
     table.add_column("#", justify="right", style="dim")
     table.add_column("score", justify="right")
+    if fused:
+        table.add_column("dense", justify="right", style="dim")
+        table.add_column("bm25", justify="right", style="dim")
     table.add_column("owner", overflow="fold", max_width=16)
     table.add_column("passage", overflow="fold", max_width=36, style="cyan")
     table.add_column("text", overflow="fold")
@@ -43,7 +44,10 @@ def hits_table(hits: Sequence[Hit], query: str) -> Table:
             found = Text.assemble(found, "\n", (where, "dim"))
         if title := plain(hit.title):
             found = Text.assemble((title, "bold"), "\n", found)
-        table.add_row(str(hit.rank), f"{hit.score:.3f}", Text(plain(hit.owner)), Text(plain(hit.passage_id)), found)
+        ranks = [str(rank or "-") for rank in (hit.dense_rank, hit.bm25_rank)] if fused else []
+        table.add_row(
+            str(hit.rank), f"{hit.score:.3f}", *ranks, Text(plain(hit.owner)), Text(plain(hit.passage_id)), found
+        )
     return table
 
 
@@ -117,7 +121,7 @@ def snippet(text: str, query: str, *, length: int = _SNIPPET_LETTERS) -> str:
     >>> snippet("Opens a file. The archive's members are listed by name. Closes it.", "list members", length=40)
     "… The archive's members are listed by …"
     """
-    wanted = _stems(query)
+    wanted = _wanted(query)
     sentences = [part for part in re.split(r"(?<=[.!?])\s+|\n\s*\n", text) if part.strip()]
     best = max(range(len(sentences)), key=lambda n: (len(wanted & _stems(sentences[n])), -n), default=0)
     shown = plain(" ".join(sentences[best:]))
@@ -128,12 +132,21 @@ def snippet(text: str, query: str, *, length: int = _SNIPPET_LETTERS) -> str:
     return f"{cut.rpartition(' ')[0] or cut} …"
 
 
+def highlights(text: str, query: str) -> list[tuple[int, int]]:
+    """Where the text has words of the query or forms of them, as the full-text index sees them: (start, stop).
+
+    >>> highlights("infers how infer_compression works", "inferring")
+    [(0, 6), (11, 28)]
+    """
+    wanted = _wanted(query)
+    return [word.span() for word in _WORD.finditer(text) if wanted & _stems(word[0])]
+
+
 def highlighted(text: str, query: str) -> Text:
     """The text with the query's words in bold."""
-    wanted, shown = _stems(query), Text(text)
-    for word in _WORD.finditer(text):
-        if _stem(word[0]) in wanted:
-            shown.stylize("bold", *word.span())
+    shown = Text(text)
+    for span in highlights(text, query):
+        shown.stylize("bold", *span)
     return shown
 
 
@@ -147,11 +160,9 @@ def plain(text: str) -> str:
     return " ".join(visible.split())
 
 
-def _stems(text: str) -> set[str]:
-    return {stem for word in _WORD.findall(text) if (stem := _stem(word))}
+def _wanted(query: str) -> frozenset[str]:
+    return frozenset(terms(query)[0])
 
 
-def _stem(word: str) -> str:
-    """The start of a word that says something; "" for one that does not."""
-    folded = word.casefold()
-    return folded[:_STEM] if len(folded) > 2 and folded not in _COMMON else ""
+def _stems(text: str) -> frozenset[str]:
+    return frozenset(words().analyze(spelled_out(text)))

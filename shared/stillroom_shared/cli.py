@@ -6,7 +6,7 @@ their `cli` module: `stillroom --help` stays under half a second.
 
 | what happens in a command | on stderr | exit status |
 |---|---|---|
-| `StillroomError` | `error: ` and its message, one line | 1 |
+| `StillroomError` | `error: ` and its message, one line; of a filter, two more that show the place | 1 |
 | a module of an extra is missing | `error: ` and what to install | 1 |
 | wrong usage | usage, and what is wrong | 2 |
 | Ctrl-C | that running it again resumes | 130 |

@@ -12,8 +12,8 @@ import pytest
 from numpy.typing import NDArray
 from tests.client.devices import ANIMALS, adapter_folder, filled, passages, units
 
-from stillroom_client.device import Device, Hit
 from stillroom_client.encoder import Encoder
+from stillroom_client.search import Device, Hit
 from stillroom_client.store import Change, Feedback
 from stillroom_shared.errors import DataError, SettingsError
 from stillroom_shared.release import Release
@@ -28,13 +28,25 @@ def test_search_equals_brute_force_over_the_stored_vectors(tmp_path: Path, tiny_
         documents = encoder.encode_documents([p.full_text for p in passages(ANIMALS)])
         query = encoder.encode_queries(["which animal eats leaves"])[0]
         expected = sorted(zip(-(documents @ query), ANIMALS, strict=True))[:4]
-        hits = device.search("which animal eats leaves", k=4)
+        hits = device.search("which animal eats leaves", k=4, mode="dense")
         assert [hit.rank for hit in hits] == [1, 2, 3, 4]
         np.testing.assert_allclose([hit.score for hit in hits], [-score for score, _ in expected], atol=0.01)
         assert set(device.search_many(query[None], 10)[0]) == set(ANIMALS)
         for hit in hits:
             [passage] = passages([hit.passage_id])
-            assert hit == Hit(hit.rank, hit.score, passage.id, passage.owner, passage.title, passage.text)
+            assert hit == Hit(
+                hit.rank,
+                hit.score,
+                passage.id,
+                passage.owner,
+                passage.title,
+                passage.text,
+                hit.rank,
+                None,
+                "",
+                hit.position,
+                {"owner": "zoo"},
+            )
         assert len(device.search("anything", k=99)) == len(ANIMALS)
         with pytest.raises(SettingsError, match="k = 0"):
             device.search("anything", k=0)

@@ -18,7 +18,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from stillroom_client import adding
-from stillroom_client.device import Device, Hit
+from stillroom_client.search import Device, Hit
 from stillroom_client.show import hits_table, plain, snippet
 from stillroom_shared.cli import build_app
 from stillroom_shared.corpus import Passage
@@ -154,6 +154,36 @@ def test_feedback_is_kept_listed_and_erased(home: Path, texts: Path) -> None:
     assert listed == [{"query": "who swims", "passage_id": hit["passage_id"]}]
     assert run("feedback", "erase", "--home", home).stdout == "1 opened results erased\n"
     assert json.loads(run("feedback", "list", "--home", home, "--json").stdout) == []
+
+
+def test_modes_and_filters_from_the_command_line(home: Path, texts: Path) -> None:
+    """Guards against options that are shown and ignored, ranks without a list, and a place that is shown wrongly."""
+    run("index", "add", texts, "--home", home)
+    both, words = (
+        json.loads(run("search", "a swimming tapir", "--home", home, "--json", *more).stdout)
+        for more in ((), ("--mode", "bm25"))
+    )
+    assert [hit["text"] for hit in words] == ["They swim.", "Tapirs eat leaves."] or len(words) == 2
+    assert all(hit["dense_rank"] is None and hit["bm25_rank"] == hit["rank"] for hit in words)
+    assert sorted(hit["dense_rank"] for hit in both) == [1, 2, 3] and {hit["bm25_rank"] for hit in both} == {1, 2, None}
+    for hit in words:
+        marked = [hit["snippet"][start:stop] for start, stop in hit["highlights"]]
+        assert marked in (["swim"], ["Tapirs"])
+    table = run("search", "a swimming tapir", "--home", home).stdout
+    assert (
+        "dense  bm25" in table and "dense  bm25" not in run("search", "tapir", "--home", home, "--mode", "bm25").stdout
+    )
+    titled = ("search", "a swimming tapir", "--home", home, "--json", "--where")
+    assert len(json.loads(run(*titled, "title=Tapirs and not owner=zoo").stdout)) == 2
+    assert [h["text"] for h in json.loads(run(*titled, "title!='Tapirs'").stdout)] == ["A zip file holds members."]
+    refused = run("search", "x", "--home", home, "--where", "title=Tapirs and colour=red")
+    assert refused.exit_code == 1
+    assert refused.stderr == "error: there is no field 'colour'\n  title=Tapirs and colour=red\n" + " " * 19 + "^\n"
+    assert run("search", "x", "--home", home, "--where", "owner=zoo").stdout == "no passage fulfils the filter\n"
+    nothing = run("search", "xylophone", "--home", home, "--mode", "bm25")
+    assert nothing.stdout == "no passage has a word of the query\n"
+    assert run("search", "x", "--home", home, "--mode", "fuzzy").exit_code == 2
+    assert json.loads(run("index", "status", "--home", home, "--json").stdout)["text_index"] == "current"
 
 
 def without_styles(output: str) -> str:
