@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from stillroom_client.derived import Current, Indexes
+from stillroom_client.described import fields, select
 from stillroom_client.filters import compile_filter
 from stillroom_client.ranking import ranking
 from stillroom_client.store import Store
@@ -87,9 +88,9 @@ def measure(folder: Path, texts: list[str], count: int, figures: dict[str, float
         for name, where in filters.items():
             rows = None
             if where is not None:
-                condition = compile_filter(where, store.field)
+                condition = compile_filter(where, fields(store))
                 began = time.thread_time()
-                rows = store.select(condition.sql, condition.values)
+                rows = select(store, condition.sql, condition.values)
                 figures[f"{name}select_cpu_ms"] = (time.thread_time() - began) * 1e3
                 figures[f"{name}rows"] = len(rows)
             for mode in ("dense", "bm25", "hybrid"):

@@ -93,6 +93,7 @@ class Adding:
         limit: bytes of the largest file to read.
         parser: reads what is in files; the caller closes it.
         report: is told how far a run is.
+        checkpoint: is called now and then while documents are stored; for whoever keeps indexes of them.
     """
 
     def __init__(
@@ -105,6 +106,7 @@ class Adding:
         parser: Parser,
         limit: int = LIMIT,
         report: Report = lambda tally: None,
+        checkpoint: Callable[[], None] = lambda: None,
     ) -> None:
         self._catalog = catalog
         self._embedded = embed
@@ -114,6 +116,7 @@ class Adding:
         self._parser = parser
         self._limit = limit
         self._report = report
+        self._checkpoint = checkpoint
         self._refused: dict[str, tuple[File, Remark]] = {}
         self._told: set[Remark] = set()
 
@@ -245,6 +248,7 @@ class Adding:
                 done.remarks.append(Remark("failed", file.id, str(error)))
                 continue
             self._count(file, change, known, done)
+        self._checkpoint()
         tally.files(len(batch), 0 if fresh else size)
 
     def _corpus(self, file: File, found: Document, known: dict[str, Document], done: Added, tally: _Meter) -> None:
@@ -261,6 +265,7 @@ class Adding:
                 written = sum(len(item.passage.full_text) for item in part)
                 tally.embedded(len(fresh), min(written, size))
                 size -= min(written, size)
+                self._checkpoint()
             change = _sum(change, Change(0, 0, 0, self._catalog.finish(found, ids)))
         except DataError as error:
             said = str(error).removeprefix(file.id).removeprefix(", ").removeprefix(": ")

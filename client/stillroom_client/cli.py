@@ -15,8 +15,8 @@ from typing import Annotated, Any
 
 import typer
 
-Home = Annotated[Path, typer.Option(help="Home of the device.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+from stillroom_client.index_cli import compact, tune
+from stillroom_client.options import AsJson, Home
 
 
 class SearchMode(StrEnum):
@@ -31,7 +31,7 @@ def register(app: typer.Typer) -> None:
     """Add the commands of the client room."""
     app.command()(search)
     index = typer.Typer(name="index", help="Make an index, add documents, see what it holds.", no_args_is_help=True)
-    for command in (create, add, remove, status):
+    for command in (create, add, remove, status, tune, compact):
         index.command()(command)
     app.add_typer(index)
     feedback = typer.Typer(
@@ -135,6 +135,7 @@ def add(
             parser=parser,
             limit=int(max_size * 1_000_000),
             report=view.report,
+            checkpoint=device.checkpoint,
         )
         with view:
             done = adding.run()

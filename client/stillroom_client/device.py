@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from stillroom_client.analysis import clean
 from stillroom_client.catalog import Catalog
 from stillroom_client.derived import Indexes, State
+from stillroom_client.described import fields
 from stillroom_client.encoder import Encoder
 from stillroom_client.filters import compile_filter
 from stillroom_client.home import (
@@ -29,6 +30,7 @@ from stillroom_client.home import (
     create_home,
     replace_adapter,
 )
+from stillroom_client.index_plan import IndexSettings
 from stillroom_client.ranking import Hit, Mode, ranking
 from stillroom_client.store import Change, Feedback, Store
 from stillroom_shared.closing import Closing
@@ -193,7 +195,7 @@ class Device(Closing):
         if k < 1:
             raise SettingsError(f"k = {k} is out of range: ask for at least 1 result")
         text = clean(text)
-        condition = None if where is None else compile_filter(where, self.store.field)
+        condition = None if where is None else compile_filter(where, fields(self.store))
         vectors = None if mode == "bm25" else self.encoder.encode_queries([text])
         with self._indexes.current(dense=mode != "bm25", text=mode != "dense") as current:
             rows = None if condition is None else self._indexes.selected(condition, current.generation)
@@ -252,8 +254,30 @@ class Device(Closing):
 
     def refresh_index(self) -> None:
         """Bring the saved indexes up to date now, so that the next search need not."""
-        with self._indexes.current(dense=True, text=True):
-            pass
+        self._indexes.refresh()
+
+    def checkpoint(self) -> None:
+        """Do so if much was added since: for whoever adds for long, between two additions."""
+        self._indexes.checkpoint()
+
+    def compact(self) -> None:
+        """Build the indexes from nothing, without what was removed, and give space back to the disk."""
+        self._indexes.compact()
+
+    @property
+    def index_settings(self) -> IndexSettings:
+        """What kind of vector index this device keeps and how thoroughly it searches; setting it brings the index in line."""
+        return self._indexes.settings
+
+    @index_settings.setter
+    def index_settings(self, asked: IndexSettings) -> None:
+        self._indexes.settings = asked
+        self._indexes.refresh()
+
+    def index_in_use(self) -> dict[str, int | str]:
+        """What the vector index is now: its kind, how thoroughly it is searched, passages in it and beside it."""
+        with self._indexes.vectors() as dense:
+            return dense.described()
 
     def status(self) -> Status:
         """What is stored, as one generation, and in what state its index is."""

@@ -1,142 +1,236 @@
-"""The vector index: FAISS, derived from the store, thrown away and built again whenever in doubt.
+"""Search by vector: the saved index (`index_base.py`), the passages that came since, and without those that went.
 
-Flat, 8 bits a component (`IndexScalarQuantizer`, QT_8bit, inner product; Douze et al. 2024, arXiv 2401.08281). The
-range of each component is that of the rows themselves: an index is always built whole, so no row falls outside the
-range that was trained, however few there are. Recall@10 against exact float32 search on real sentence vectors: 0.996 at
-50 rows, 0.994 at 500, 0.990 at 5,000. Ranges trained on 50 rows, with the others added later, give 0.95 and 0.94.
+An approximate index is dear to build and cheap to keep: what came after it was saved is searched beside it, each vector of
+it (`_Tail`, 16 bits a component, nothing to learn), and what went is masked. So an answer is always of one generation of the
+store, whatever the age of the file. When the tail has grown long, `derived.py` brings the file forward.
 
-The file is what `faiss.read_index` reads, followed by a footer: generation and row count, then a mark and a SHA-256 of
-all before it. A file is used when all of this holds for the generation asked for; otherwise it is
-
-| fault | when |
-|---|---|
-| missing | there is no file |
-| torn | it is cut short, altered, unreadable or not ours |
-| stale | it is whole, but was built from another generation of the store |
-
-The hash finds accidents. It is no protection from somebody who may write to the owner's files; nothing in a home is.
+What a filter costs. A narrow one is answered by looking at each of its vectors, which is exact. A wide one goes through the
+graph or the lists, more thoroughly the narrower it is (FAISS' `IDSelectorBitmap` skips rows as it goes).
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import struct
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Literal
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import faiss
 import numpy as np
 from numpy.typing import NDArray
 
+from stillroom_client.index_base import Base, Batches, Rows, Vectors, one_thread
+from stillroom_client.index_plan import Effort
 from stillroom_client.store import Generation
 from stillroom_shared.errors import DataError, SettingsError
-from stillroom_shared.files import replace_file
 
-Fault = Literal["missing", "torn", "stale"]
+Stored = Callable[[Rows], Vectors]
+"""The stored vectors (n, dim) of rows (n,) that exist, ascending."""
 
-_MARK = b"stillroom index 1"
-_TAIL = struct.Struct(f">I{len(_MARK)}s")  # length of the footer, mark
-_DIGEST_BYTES = 32
+_GRAPH_COST = 30  # looking at one vector through the graph, in vectors read one after the other (measured: 20 to 40)
+
+
+@dataclass(frozen=True, eq=False)
+class _Tail:
+    """Rows (n,), ascending, that the base does not have, and an exact index of their positions."""
+
+    rows: Rows
+    faiss: faiss.Index
+
+    @classmethod
+    def of(cls, rows: Rows, vectors: Vectors) -> _Tail:
+        index = faiss.IndexScalarQuantizer(vectors.shape[1], faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT)
+        index.add(np.ascontiguousarray(vectors))
+        return cls(rows, index)
+
+    def extended(self, rows: Rows, vectors: Vectors) -> _Tail:
+        """A longer one; this one stays, for whoever is searching it."""
+        index = faiss.clone_index(self.faiss)
+        index.add(np.ascontiguousarray(vectors))
+        return _Tail(np.concatenate([self.rows, rows]), index)
 
 
 @dataclass(frozen=True, eq=False)
 class VectorIndex:
-    """Rows of one generation of a store, found by inner product.
+    """The vectors of one generation of a store, found by inner product. Never changed; threads share it.
 
-    >>> rows, vectors = np.array([7, 9]), np.array([[1, 0], [0.6, 0.8]], np.float32)
-    >>> index = VectorIndex.build(rows, vectors, Generation(1, "a"))
-    >>> scores, found = index.search(np.array([[0, 1]], np.float32), k=10)
-    >>> found.tolist(), scores.round(2).tolist()
-    ([[9, 7]], [[0.800000011920929, 0.0]])
+    Attributes:
+        row: the last one of the store that was read.
+        count: rows that can be found.
+        gone: rows of base or tail that are no longer in the store, ascending.
     """
 
     generation: Generation
+    row: int
     count: int
-    _faiss: faiss.Index
+    base: Base
+    tail: _Tail
+    gone: Rows
 
     @classmethod
-    def build(cls, rows: NDArray[np.int64], vectors: NDArray[np.float32], generation: Generation) -> VectorIndex:
-        """Index vectors (n, dim) under their store rows (n,)."""
-        flat = faiss.IndexScalarQuantizer(vectors.shape[1], faiss.ScalarQuantizer.QT_8bit, faiss.METRIC_INNER_PRODUCT)
-        index = faiss.IndexIDMap(flat)
-        if len(rows):
-            with _one_thread():
-                index.train(vectors)
-                index.add_with_ids(vectors, rows)
-        return cls(generation, len(rows), index)
+    def of(cls, base: Base) -> VectorIndex:
+        """What a base holds, as of its own generation, as far as that knows what went."""
+        nothing = _Tail.of(np.zeros(0, np.int64), np.zeros((0, base.faiss.d), np.float32))
+        return cls(base.generation, base.mark.row, len(base.rows), base, nothing, np.zeros(0, np.int64))
+
+    def advanced(self, generation: Generation, came: Batches, went: Rows) -> VectorIndex:
+        """For a later generation: what came since this one's, and all that went since the base was built, ascending."""
+        tail, row = self.tail, self.row
+        for rows, vectors in came:
+            tail, row = tail.extended(rows, vectors), int(rows[-1])
+        gone = np.concatenate([went[_known(self.base.rows, went)], went[_known(tail.rows, went)]])
+        count = len(self.base.rows) + len(tail.rows) - len(gone)
+        return VectorIndex(generation, row, count, self.base, tail, gone)
 
     def search(
-        self, queries: NDArray[np.float32], k: int, rows: NDArray[np.int64] | None = None
-    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        self,
+        queries: Vectors,
+        k: int,
+        rows: Rows | None = None,
+        *,
+        effort: Effort,
+        stored: Stored,
+    ) -> tuple[Vectors, Rows]:
         """Scores and store rows, both (q, min(k, count)), best first, of the rows nearest to `queries` (q, dim).
 
         Args:
-            rows: search only these of the index's rows (m,), ascending; then min(k, m) are found. FAISS skips the others as
-                it goes (`IDSelectorBitmap`), so a narrow filter makes the search faster and none loses a result.
+            rows: search only these, of this generation, ascending; then at most min(k, m) are found.
+            effort: how thoroughly.
+            stored: of kinds that are re-ranked, where the vectors to do so are.
         """
         if k < 1:
             raise SettingsError(f"k = {k} is out of range: ask for at least 1 result")
-        if queries.ndim != 2 or queries.shape[1] != self._faiss.d or not np.isfinite(queries).all():
+        if queries.ndim != 2 or queries.shape[1] != self.base.faiss.d or not np.isfinite(queries).all():
             raise DataError(
-                f"query vectors of shape {queries.shape} cannot be searched: give finite ones, (n, {self._faiss.d})"
+                f"query vectors of shape {queries.shape} cannot be searched: give finite ones, (n, {self.base.faiss.d})"
             )
         k = min(k, self.count if rows is None else len(rows))
         if k == 0 or not len(queries):
             return np.zeros((len(queries), k), np.float32), np.zeros((len(queries), k), np.int64)
         wanted = np.ascontiguousarray(queries, np.float32)
-        with _one_thread():
-            if rows is None:
-                return self._faiss.search(wanted, k)
-            marked = np.zeros(int(rows[-1]) + 1, bool)
-            marked[rows] = True
-            bits = np.packbits(marked, bitorder="little")
-            # FAISS' types describe its C++ side; its Python side takes an array, and keyword arguments.
-            selector = faiss.IDSelectorBitmap(bits)  # type: ignore[call-arg,arg-type]
-            chosen = faiss.SearchParameters(sel=selector)  # type: ignore[call-arg]
-            return self._faiss.search(wanted, k, params=chosen)
+        with one_thread():
+            near = self._in_base(wanted, k, rows, effort, stored)
+            if (some := self._part(self.tail.rows, rows)).count:
+                walk = _Walk(self.tail.faiss, faiss.SearchParameters, {})
+                scores, places = walk.nearest(wanted, min(k, some.count), some)
+                near = _merged(near, (scores, self.tail.rows[places]), k)
+        return near
 
-    def save(self, path: Path) -> None:
-        """Replace the file in one step; a crash leaves the old file or the new one. One caller at a time."""
-        footer = json.dumps({**asdict(self.generation), "count": self.count}).encode()
-        body = faiss.serialize_index(self._faiss).tobytes()
-        content = b"".join((body, footer, _TAIL.pack(len(footer), _MARK)))
-        replace_file(path, content, hashlib.sha256(content).digest())
+    def _in_base(self, queries: Vectors, k: int, rows: Rows | None, effort: Effort, stored: Stored) -> _Near:
+        base, some = self.base, self._live if rows is None else self._part(self.base.rows, rows)
+        k = min(k, some.count)
+        depth = min(max(k, effort.candidates), some.count)
+        if k == 0:
+            return np.zeros((len(queries), 0), np.float32), np.zeros((len(queries), 0), np.int64)
+        scores, places = _Walk.of(base, effort, some).nearest(queries, depth, some)
+        # Where the graph or the lists were left before so many were met, everything is looked at.
+        if (short := (places < 0).any(axis=1)).any():
+            scores[short], places[short] = _Walk.exhaustive(base).nearest(queries[short], depth, some)
+        return _reranked(queries, base.rows[places], k, stored) if effort.candidates else (scores, base.rows[places])
+
+    @cached_property
+    def _live(self) -> _Part:
+        return _Part.but(self.base.rows, self.gone)
+
+    def _part(self, known: Rows, rows: Rows | None) -> _Part:
+        return _Part.but(known, self.gone) if rows is None else _Part.of(known, rows)
+
+
+_Near = tuple[Vectors, Rows]
+
+
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """Which of an index's positions may be found: how many, and one bit each; None for all."""
+
+    count: int
+    of_count: int
+    bits: NDArray[np.uint8] | None
 
     @classmethod
-    def load(cls, path: Path, generation: Generation) -> VectorIndex | Fault:
-        """The saved index of this generation, or why there is none."""
-        try:
-            whole = path.read_bytes()
-        except FileNotFoundError:
-            return "missing"
-        except OSError:
-            return "torn"
-        content, digest = memoryview(whole)[:-_DIGEST_BYTES], whole[-_DIGEST_BYTES:]
-        # FAISS trusts what it reads: nothing reaches it that is not what `save` wrote.
-        if len(content) < _TAIL.size or hashlib.sha256(content).digest() != digest:
-            return "torn"
-        length, mark = _TAIL.unpack(content[-_TAIL.size :])
-        if mark != _MARK:
-            return "torn"
-        body, footer = content[: -_TAIL.size - length], json.loads(bytes(content[-_TAIL.size - length : -_TAIL.size]))
-        if Generation(footer["number"], footer["stamp"]) != generation:
-            return "stale"
-        return cls(generation, footer["count"], faiss.deserialize_index(np.frombuffer(body, np.uint8)))
+    def of(cls, known: Rows, rows: Rows) -> _Part:
+        """Those of these rows, ascending, that the index knows."""
+        marked = np.zeros(len(known), bool)
+        marked[_positions(known, rows)] = True
+        return cls(int(marked.sum()), len(known), np.packbits(marked, bitorder="little"))
+
+    @classmethod
+    def but(cls, known: Rows, gone: Rows) -> _Part:
+        """All but those."""
+        marked = np.ones(len(known), bool)
+        marked[_positions(known, gone)] = False
+        count = int(marked.sum())
+        return cls(count, len(known), None if count == len(known) else np.packbits(marked, bitorder="little"))
+
+    @property
+    def share(self) -> float:
+        return self.count / max(self.of_count, 1)
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """A second thread saves a fraction of a millisecond on an idle machine; on a busy one, waiting for it cost 40 ms.
+def _known(known: Rows, rows: Rows) -> NDArray[np.bool_]:
+    """Which of these rows are among the known, (n,)."""
+    places = np.searchsorted(known, rows)
+    return known[np.minimum(places, len(known) - 1)] == rows if len(known) else np.zeros(len(rows), bool)
 
-    Restored afterwards: the number belongs to the calling thread's OpenMP, which torch in the same process shares.
-    """
-    before = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(1)
-    try:
-        yield
-    finally:
-        faiss.omp_set_num_threads(before)
+
+def _positions(known: Rows, rows: Rows) -> Rows:
+    return np.searchsorted(known, rows[_known(known, rows)])
+
+
+@dataclass(frozen=True)
+class _Walk:
+    """How FAISS is asked: which of its indexes, which type of parameters, and their values."""
+
+    index: faiss.Index
+    parameters: type[faiss.SearchParameters]
+    values: dict[str, int]
+
+    @classmethod
+    def of(cls, base: Base, effort: Effort, some: _Part) -> _Walk:
+        """The narrower the part, the more thoroughly, so that as much of it is met."""
+        if base.kind == "hnsw":
+            # A graph is walked past what is left out: k results cost 1 / share as many steps.
+            if some.bits is not None and some.count**2 < _GRAPH_COST * effort.ef_search * some.of_count:
+                return cls.exhaustive(base)
+            parameters = faiss.SearchParametersHNSW  # type: ignore[attr-defined]  # FAISS' types lack it
+            return cls(base.faiss, parameters, {"efSearch": int(effort.ef_search / some.share)})
+        if base.lists:
+            probed = min(base.lists, int(effort.nprobe / some.share))
+            return cls(base.faiss, faiss.SearchParametersIVF, {"nprobe": probed})
+        return cls(base.faiss, faiss.SearchParameters, {})
+
+    @classmethod
+    def exhaustive(cls, base: Base) -> _Walk:
+        """Every vector of the part."""
+        if base.kind == "hnsw":
+            storage = base.faiss.storage  # type: ignore[attr-defined]
+            return cls(faiss.downcast_index(storage), faiss.SearchParameters, {})
+        if base.lists:
+            return cls(base.faiss, faiss.SearchParametersIVF, {"nprobe": base.lists})
+        return cls(base.faiss, faiss.SearchParameters, {})
+
+    def nearest(self, queries: Vectors, k: int, some: _Part) -> tuple[Vectors, Rows]:
+        """Scores and positions, (q, k), best first; a position is -1 where the walk met nothing more."""
+        values: dict[str, Any] = dict(self.values)
+        if some.bits is not None:
+            # FAISS' types describe its C++ side; its Python side takes an array, and keyword arguments.
+            values["sel"] = faiss.IDSelectorBitmap(some.bits)  # type: ignore[call-arg,arg-type]
+        scores, places = self.index.search(queries, k, params=self.parameters(**values))
+        if self.index.metric_type == faiss.METRIC_L2:  # |q - x|^2 = |q|^2 + 1 - 2 qx, as stored vectors have norm 1
+            scores = ((queries**2).sum(axis=1, keepdims=True) + 1 - scores) / 2
+        return scores, places
+
+
+def _merged(one: _Near, other: _Near, k: int) -> _Near:
+    """The best k of two, for each query."""
+    scores, rows = np.concatenate([one[0], other[0]], axis=1), np.concatenate([one[1], other[1]], axis=1)  # (q, n)
+    order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+    return np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1)
+
+
+def _reranked(queries: Vectors, rows: Rows, k: int, stored: Stored) -> _Near:
+    """The best k of candidate rows (q, n), by their stored vectors."""
+    rows = np.sort(rows, axis=1)  # each row of a query once, so that stored vectors come in their order
+    scores = np.stack([stored(own) @ query for query, own in zip(queries, rows, strict=True)])
+    order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+    return np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1)

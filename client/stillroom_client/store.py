@@ -18,7 +18,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import secrets
 import sqlite3
 import threading
@@ -33,15 +32,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stillroom_client import schema
-from stillroom_client.history import Mark
 from stillroom_client.quantization import dequantize, quantize
+from stillroom_shared.closing import Closing
 from stillroom_shared.corpus import Passage
 from stillroom_shared.errors import DataError
 
 _WAIT_SECONDS = 60.0  # for another process' write; embedding happens outside, so a write is short
+_FREE_SHARE = 0.1
 _NORM_TOLERANCE = 0.01
-_FIELDS = {"id": "p.id", "owner": "p.owner", "title": "p.title"}
-_DESCRIBED = "described.metadata"
 AMONG = "IN (SELECT value FROM json_each(?))"  # one parameter for any number of values
 
 
@@ -70,7 +68,7 @@ class Feedback(NamedTuple):
     passage_id: str
 
 
-class Store:
+class Store(Closing):
     """The open store of one device.
 
     Args:
@@ -85,7 +83,7 @@ class Store:
             raise DataError(f"{path} does not exist: create the device again with `stillroom index create`")
         self._db = _connect(path)
         try:
-            for pragma in ("synchronous=FULL", "foreign_keys=ON", "secure_delete=ON"):
+            for pragma in ("synchronous=FULL", "foreign_keys=ON", "secure_delete=ON", "temp_store=MEMORY"):
                 self.query(f"PRAGMA {pragma}")
             version, self.dimension = int(self._meta("schema")), int(self._meta("dimension"))
             if version > schema.VERSION:
@@ -144,7 +142,7 @@ class Store:
             fresh = [n for n, passage in enumerate(passages) if known.get(passage.id) != digest_of(passage)]
             replaced = [passages[n].id for n in fresh if passages[n].id in known]
             if fresh:
-                number = self.advance(generation)
+                number = self.advance(generation).number
                 self._db.execute(f"DELETE FROM passages WHERE id {AMONG}", (json.dumps(replaced),))
                 self._db.executemany(
                     "INSERT INTO passages (id, owner, title, text, digest, generation) VALUES (?, ?, ?, ?, ?, ?)",
@@ -193,42 +191,6 @@ class Store:
         query = f"SELECT row, id, owner, text, title FROM passages WHERE row {AMONG}"
         return {row[0]: Passage(*row[1:]) for row in self.query(query, (json.dumps([int(r) for r in rows]),))}
 
-    def mark(self) -> Mark:
-        """Up to where the store has come: ask inside `reading` or `writing`."""
-        query = "SELECT (SELECT coalesce(max(row), 0) FROM passages), (SELECT coalesce(max(place), 0) FROM removed)"
-        return Mark(*self.query(query)[0])
-
-    def knows(self, generation: Generation) -> bool:
-        """Whether that generation is one of this store's own past, or its present."""
-        query = "SELECT 1 FROM history WHERE (number, stamp) = (?, ?)"
-        return bool(self.query(query, (generation.number, generation.stamp)))
-
-    def added_since(self, mark: Mark) -> Iterator[tuple[int, Passage]]:
-        """Rows and passages that came after `mark` and are still here, in batches: ask inside a transaction."""
-        last, query = mark.row, "SELECT row, id, owner, text, title FROM passages WHERE row > ? ORDER BY row LIMIT 1000"
-        while found := self.query(query, (last,)):
-            yield from ((row[0], Passage(*row[1:])) for row in found)
-            last = found[-1][0]
-
-    def removed_since(self, mark: Mark) -> list[int]:
-        """Rows that went after `mark`."""
-        return [row[0] for row in self.query("SELECT row FROM removed WHERE place > ?", (mark.removal,))]
-
-    def field(self, name: str) -> str | None:
-        """What a filter's field is in SQL, over the passage `p` as `described`; None when no passage has one of this name."""
-        if name in _FIELDS or not re.fullmatch(r"[\w.-]+", name):
-            return _FIELDS.get(name)
-        some = self.query(f"SELECT 1 FROM described, json_each({_DESCRIBED}) WHERE key = ? LIMIT 1", (name,))
-        return f"json_extract({_DESCRIBED}, '$.\"{name}\"')" if some else None
-
-    def select(self, condition: str, values: Sequence[object] = ()) -> NDArray[np.int64]:
-        """Rows of the passages `p` that fulfil a condition in SQL (`filters.py`), ascending."""
-        joint = "JOIN described ON described.row = p.row" if _DESCRIBED in condition else ""
-        rows = f"SELECT p.row AS row FROM passages p {joint} WHERE {condition} ORDER BY p.row"
-        # One string: 100,000 tuples take 20 times longer.
-        joined = self.query(f"SELECT group_concat(row) FROM ({rows})", tuple(values))[0][0]
-        return np.array(joined.split(",") if joined else [], np.int64)
-
     def names(self, rows: Iterable[int]) -> dict[int, str]:
         """The passage ids of these rows."""
         query = f"SELECT row, id FROM passages WHERE row {AMONG}"
@@ -244,7 +206,18 @@ class Store:
     def vectors(self, rows: Iterable[int] | None = None) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """Rows (m,), ascending and distinct, and their vectors (m, dim); all of them without an argument."""
         which, values = ("", ()) if rows is None else (f"WHERE row {AMONG}", (json.dumps([int(r) for r in rows]),))
-        found = self.query(f"SELECT row, scale, codes FROM vectors {which} ORDER BY row", values)
+        return self.vectors_where(f"{which} ORDER BY row", values)
+
+    def shrink(self) -> None:
+        """Give space back to the disk when a good part of the file is empty (`VACUUM`: whole or not at all)."""
+        free, pages = (int(self.query(f"PRAGMA {name}")[0][0]) for name in ("freelist_count", "page_count"))
+        if free > _FREE_SHARE * pages:
+            self.query("VACUUM")
+            self.query("PRAGMA wal_checkpoint(TRUNCATE)")
+
+    def vectors_where(self, which: str, values: tuple[object, ...]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Rows and vectors that a clause in SQL chooses and orders. For the modules that read here beside this one."""
+        found = self.query(f"SELECT row, scale, codes FROM vectors {which}", values)
         codes = np.frombuffer(b"".join(row[2] for row in found), np.int8).reshape(-1, self.dimension)
         scales = np.array([row[1] for row in found], np.float64)
         return np.array([row[0] for row in found], np.int64), dequantize(codes, scales)
@@ -278,6 +251,10 @@ class Store:
             self._db.execute("INSERT OR IGNORE INTO meta VALUES (?, ?)", (name, made))
             return bytes(self._meta(name))
 
+    def twin(self) -> Store:
+        """Another connection to the same file, for work that is too long to keep this one's threads waiting."""
+        return Store(self.path)
+
     def close(self) -> None:
         """Give the file back; closing twice is harmless."""
         with self._lock:
@@ -298,13 +275,13 @@ class Store:
             except sqlite3.Error as error:
                 raise self._damaged(error) from error
 
-    def advance(self, generation: Generation) -> int:
-        """Begin the next generation, inside `writing`; its number. For the modules that write here beside this one."""
+    def advance(self, generation: Generation) -> Generation:
+        """Begin the next generation, inside `writing`. For the modules that write here beside this one."""
         following = Generation(generation.number + 1, secrets.token_hex(16))
         pairs = (("generation", following.number), ("stamp", following.stamp))
         self._db.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", pairs)
         self._db.execute("INSERT INTO history VALUES (?, ?)", (following.number, following.stamp))
-        return following.number
+        return following
 
     def _meta(self, key: str) -> Any:
         return self.query("SELECT value FROM meta WHERE key = ?", (key,))[0][0]

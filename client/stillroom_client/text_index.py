@@ -31,8 +31,8 @@ from numpy.typing import NDArray
 from tantivy import Document, Index, Occur, Query, Schema, SchemaBuilder
 
 from stillroom_client import analysis
-from stillroom_client.history import Mark
-from stillroom_client.index import Fault
+from stillroom_client.history import History, Mark
+from stillroom_client.index_base import Fault
 from stillroom_client.store import Generation, Store
 from stillroom_shared.corpus import Passage
 from stillroom_shared.files import private_folder
@@ -118,28 +118,38 @@ class TextIndex:
             return "torn"
 
     @classmethod
-    def in_memory(cls, store: Store, generation: Generation) -> TextIndex:
-        """Of the whole store, for when nothing can be written."""
+    def in_memory(cls, generation: Generation, passages: Iterable[tuple[int, Passage]]) -> TextIndex:
+        """Of rows and passages, for when nothing can be written."""
         index = _reading(Index(_schema()))
-        _write(index, store.added_since(Mark()), ())
+        _write(index, passages, ())
         index.reload()
-        return cls(generation, store.count(), index)
+        return cls(generation, index.searcher().num_docs, index)
 
 
-def write_index(folder: Path, store: Store, generation: Generation) -> None:
-    """Bring the index in `folder` to the present generation: ask inside `store.writing()`. `OSError`: nothing changed."""
+def write_index(folder: Path, store: Store, generation: Generation, *, afresh: bool = False) -> None:
+    """Bring the index in `folder` to the present generation: ask inside `store.writing()`. `OSError`: nothing changed.
+
+    Args:
+        afresh: build it from nothing, for a generation that is not committed: the folders of before stay (`tidy`).
+    """
     folder.mkdir(mode=0o700, exist_ok=True)
     for leftover in folder.glob(".*.partial"):
         shutil.rmtree(leftover, ignore_errors=True)
-    old = next((found for found in _sealed(folder) if (found[1]) and store.knows(found[1].generation)), None)
+    old = next((found for found in _sealed(folder) if (found[1]) and History(store).knows(found[1].generation)), None)
     if old is not None and old[1] is not None:
-        gone = store.removed_since(old[1].mark)
-        if old[1].dead + len(gone) > _DEAD_SHARE * store.count():
+        gone = History(store).removed(old[1].mark)
+        if afresh or old[1].dead + len(gone) > _DEAD_SHARE * store.count():
             old = None
     try:
         _write_folder(folder / generation.stamp, store, generation, old)
     except ValueError as error:  # Tantivy's: a full disk, a folder that somebody removed, or a base that is no index
         raise OSError(f"{folder} cannot be written: {error}") from error
+    if not afresh:
+        tidy(folder, generation)
+
+
+def tidy(folder: Path, generation: Generation) -> None:
+    """Remove every index but that of a committed generation."""
     for other in folder.iterdir():
         if other.name != generation.stamp:
             shutil.rmtree(other, ignore_errors=True)
@@ -153,14 +163,14 @@ def _write_folder(place: Path, store: Store, generation: Generation, old: tuple[
         base, dead, gone = Mark(), 0, []
         if old is not None and old[1] is not None:
             base, known = old[1].mark, old[1].files
-            gone = store.removed_since(base)
+            gone = History(store).removed(base)
             dead = old[1].dead + len(gone)
             for name in known:
                 _link(old[0] / name, partial / name)
             index = _reading(Index.open(str(partial)))
         else:
             index = _reading(Index(_schema(), path=str(partial)))
-        _write(index, store.added_since(base), gone)
+        _write(index, History(store).passages(base), gone)
         files = {
             name: known[name] if name in known and _finished(name) else _digest(partial / name)
             for name in sorted(os.listdir(partial))
@@ -168,7 +178,7 @@ def _write_folder(place: Path, store: Store, generation: Generation, old: tuple[
         }
         for name in _LOCKS:  # Tantivy makes them when it reads too, then readable by others
             (partial / name).touch()
-        seal = Seal(generation, store.mark(), store.count(), dead, files)
+        seal = Seal(generation, History(store).mark(), store.count(), dead, files)
         body = json.dumps({"version": VERSION, **asdict(seal)}).encode()
         (partial / _SEAL).write_bytes(body + b"\n" + hashlib.sha256(body).hexdigest().encode())
 

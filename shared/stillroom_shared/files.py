@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
-def replace_file(path: Path, *parts: bytes) -> None:
+def replace_file(path: Path, *parts: bytes | memoryview) -> None:
     """Write a file (mode 0600) in place of what was there: a crash leaves the old content or the new, never a mixture.
 
     One caller at a time for each path. A leftover of a crash, `path` with `.partial` added, is overwritten.

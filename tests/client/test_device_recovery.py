@@ -16,7 +16,7 @@ import pytest
 from tests.client.devices import ROOT, filled, passages, units
 
 from stillroom_client.device import Device
-from stillroom_client.index import VectorIndex
+from stillroom_client.index_base import Base
 from stillroom_shared.release import Release
 
 
@@ -72,7 +72,7 @@ def test_a_stale_index_is_built_again_and_a_current_one_is_not(
         assert device.status().index == "stale"
     with Device.open(home) as device:
         assert device.search_many(units(1, tiny_release.dimension), 1) != [["p0"]]
-    monkeypatch.setattr(VectorIndex, "build", None)
+    monkeypatch.setattr(Base, "build", None)
     with Device.open(home) as device:
         assert device.search_many(units(1, tiny_release.dimension), 1) != [["p0"]]
 
@@ -97,9 +97,9 @@ _CRASHER = """
 import os, signal, sys
 from pathlib import Path
 from stillroom_client.device import Device
-from stillroom_client.index import VectorIndex
+from stillroom_client.index_base import Base
 from tests.client.devices import passages, units
-VectorIndex.save = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+Base.save = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 device = Device.open(Path(sys.argv[1]))
 device.add(passages(["late"]), units(1, device.store.dimension, seed=9))
 device.refresh_index()
@@ -128,7 +128,7 @@ def test_a_full_disk_does_not_stop_the_search(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(VectorIndex, "save", full)
+    monkeypatch.setattr(Base, "save", full)
     with filled(tmp_path / "home", tiny_release) as device:
         assert device.search_many(units(1, tiny_release.dimension), 1) == [["p0"]]
         assert device.status().index == "missing"

@@ -17,7 +17,6 @@ from stillroom_client.encoder import Encoder
 from stillroom_client.fusion import fuse
 from stillroom_client.records import mine_records
 from stillroom_client.search import Device, FilterError
-from stillroom_client.store import Store
 from stillroom_client.text_index import TextIndex
 from stillroom_shared.corpus import Passage
 from stillroom_shared.release import Release
@@ -146,8 +145,9 @@ def test_training_records_know_no_words_and_no_filters(
         def never(*_: object, **__: object) -> None:
             raise AssertionError("mining asked for words or a filter")
 
-        for owner, name in ((TextIndex, "search"), (TextIndex, "load"), (Indexes, "selected"), (Store, "select")):
+        for owner, name in ((TextIndex, "search"), (TextIndex, "load"), (Indexes, "selected")):
             monkeypatch.setattr(owner, name, never)
+        monkeypatch.setattr("stillroom_client.derived.select", never)
         monkeypatch.setattr("stillroom_client.device.ranking", never)
         after = mine_records(device, encoder, candidates=4)
         assert len(before) == 2

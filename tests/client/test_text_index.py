@@ -102,18 +102,7 @@ def test_every_query_is_plain_text(query: str) -> None:
     assert (np.diff(scores) <= 0).all()
 
 
-def in_memory() -> TextIndex:
-    class Some:
-        def added_since(self, _: object) -> list[tuple[int, Passage]]:
-            return list(enumerate(passages(TEXTS), start=1))
-
-        def count(self) -> int:
-            return len(TEXTS)
-
-    return TextIndex.in_memory(Some(), Generation(1, "a"))  # type: ignore[arg-type]
-
-
-INDEX = in_memory()
+INDEX = TextIndex.in_memory(Generation(1, "a"), enumerate(passages(TEXTS), start=1))
 
 
 def test_an_index_brought_forward_answers_like_one_built_anew(tmp_path: Path) -> None:

@@ -1,0 +1,86 @@
+"""`stillroom index tune` and `stillroom index compact`: how vectors are indexed, and building what is derived afresh."""
+
+from __future__ import annotations
+
+import json
+import time
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+from stillroom_client.options import AsJson, Home
+
+
+class KindName(StrEnum):
+    """Kinds of vector index, as the command line names them."""
+
+    AUTO = "auto"
+    FLAT = "flat"
+    HNSW = "hnsw"
+    IVF = "ivf"
+    PQ = "pq"
+    SQ4 = "sq4"
+
+
+def tune(
+    home: Home,
+    kind: Annotated[
+        KindName | None,
+        typer.Option(
+            help="Flat reads every vector; hnsw, ivf and pq approximate; sq4 is half of flat; auto goes by size."
+        ),
+    ] = None,
+    ef_search: Annotated[
+        int | None, typer.Option(min=0, help="Near vectors that an hnsw search keeps; 0: by itself.")
+    ] = None,
+    nprobe: Annotated[
+        int | None, typer.Option(min=0, help="Lists that an ivf or pq search reads; 0: by itself.")
+    ] = None,
+    candidates: Annotated[
+        int | None, typer.Option(min=0, help="Passages that pq and sq4 score again; 0: by itself.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Choose how vectors are indexed and how thoroughly they are searched; without options, show it.
+
+    What is not named stays. Another kind is built at once; `stillroom index doctor` measures what it finds.
+    """
+    from stillroom_client.device import Device
+
+    named = {"ef_search": ef_search, "nprobe": nprobe, "candidates": candidates}
+    asked = {name: value or None for name, value in named.items() if value is not None}
+    if kind is not None:
+        asked["kind"] = kind.value  # type: ignore[assignment]
+    with Device.open(home) as device:
+        if asked:
+            device.index_settings = type(device.index_settings).model_validate(
+                device.index_settings.model_dump() | asked
+            )
+        settings, in_use = device.index_settings, device.index_in_use()
+    shown = {"asked": settings.model_dump(), "in_use": in_use}
+    if as_json:
+        typer.echo(json.dumps(shown, indent=1))
+        return
+    typer.echo("asked   " + ", ".join(f"{name} {value}" for name, value in shown["asked"].items() if value is not None))
+    typer.echo("in use  " + ", ".join(f"{name} {value}" for name, value in in_use.items()))
+
+
+def compact(home: Home) -> None:
+    """Build both indexes from nothing, without what was removed, and give space back to the disk."""
+    from stillroom_client.device import Device
+
+    with Device.open(home) as device:
+        before, started = _size(home), time.monotonic()
+        device.compact()
+        after = _size(home)
+        typer.echo(
+            f"{device.store.count():,} passages, {before / 1e6:,.1f} MB before, {after / 1e6:,.1f} MB now, "
+            f"in {time.monotonic() - started:.1f} s"
+        )
+
+
+def _size(home: Home) -> int:
+    names = ("store.sqlite3", "store.sqlite3-wal", "index.faiss", "index.tantivy")
+    found = [path for name in names for path in ((home / name), *(home / name).rglob("*")) if path.is_file()]
+    return sum(path.stat().st_size for path in found)
