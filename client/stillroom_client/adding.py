@@ -21,15 +21,12 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
-from stillroom_client.catalog import Catalog
+from stillroom_client.catalog import Catalog, Embedded
 from stillroom_client.documents import Document, Located
 from stillroom_client.readers.blocks import Reading, UnreadableError
 from stillroom_client.readers.kinds import VERSION
 from stillroom_client.reading import File, Parser, corpus_lines, digest_of_file, document, load, located
-from stillroom_client.store import Change
+from stillroom_client.store import Change, TowerChangedError
 from stillroom_client.walking import Remark, Walk, is_below, is_gone, walk
 from stillroom_shared.corpus import Passage
 from stillroom_shared.errors import DataError
@@ -79,7 +76,7 @@ class Added:
 
 
 Report = Callable[[Tally], None]
-Embed = Callable[[Sequence[Passage]], NDArray[np.float32]]
+Embed = Callable[[Sequence[Passage]], Embedded]
 _CORPUS = Reading("corpus", ())
 _Outcome = tuple[File, Document, list[Located]] | tuple[File, Document, None]
 
@@ -88,7 +85,7 @@ class Adding:
     """Runs over the same paths, one after the other; what failed and did not change is not tried again.
 
     Args:
-        embed: the vectors of passages, (n, dim), of norm 1.
+        embed: the vectors of passages, (n, dim), of norm 1, and whose they are.
         owner: of passages that name none.
         limit: bytes of the largest file to read.
         parser: reads what is in files; the caller closes it.
@@ -231,16 +228,25 @@ class Adding:
                     batch = []
         self._store(batch, known, done, tally)
 
+    def _embed_lacking(self, passages: Sequence[Passage]) -> Iterator[tuple[int, int]]:
+        """Embed and keep the vectors of passages of which none is known, a batch at a time: its size, and that of all."""
+        while fresh := self._catalog.lacking(passages):
+            for start in range(0, len(fresh), _BATCH):
+                part = fresh[start : start + _BATCH]
+                try:
+                    self._catalog.stage(part, self._embedded(part))
+                except TowerChangedError:  # another release is in use since: what is lacking is another question now
+                    break
+                yield len(part), len(fresh)
+
     def _store(
         self, batch: list[tuple[File, Document, list[Located]]], known: dict[str, Document], done: Added, tally: _Meter
     ) -> None:
-        size = sum(file.size for file, _, _ in batch)
-        fresh = self._catalog.lacking([item.passage for _, _, passages in batch for item in passages])
-        for start in range(0, len(fresh), _BATCH):
-            part = fresh[start : start + _BATCH]
-            self._catalog.stage(part, self._embedded(part))
-            done.embedded += len(part)
-            tally.embedded(len(part), size * len(part) / len(fresh))
+        size, counted = sum(file.size for file, _, _ in batch), 0.0
+        for part, fresh in self._embed_lacking([item.passage for _, _, passages in batch for item in passages]):
+            done.embedded += part
+            tally.embedded(part, size * part / fresh)
+            counted = size
         for file, found, passages in batch:
             try:
                 change = self._catalog.put(found, passages)
@@ -249,7 +255,7 @@ class Adding:
                 continue
             self._count(file, change, known, done)
         self._checkpoint()
-        tally.files(len(batch), 0 if fresh else size)
+        tally.files(len(batch), size - counted)
 
     def _corpus(self, file: File, found: Document, known: dict[str, Document], done: Added, tally: _Meter) -> None:
         """A corpus grows by batches: each line is a document to whoever wrote it, and it may be too long to hold."""
@@ -257,13 +263,12 @@ class Adding:
         try:
             lines = corpus_lines(file, self._owner)
             while part := list(islice(lines, _BATCH)):
-                if fresh := self._catalog.lacking([item.passage for item in part]):
-                    self._catalog.stage(fresh, self._embedded(fresh))
+                fresh = sum(count for count, _ in self._embed_lacking([item.passage for item in part]))
                 change = _sum(change, self._catalog.put(found, part, whole=False))
-                done.embedded += len(fresh)
+                done.embedded += fresh
                 ids += [item.passage.id for item in part]
                 written = sum(len(item.passage.full_text) for item in part)
-                tally.embedded(len(fresh), min(written, size))
+                tally.embedded(fresh, min(written, size))
                 size -= min(written, size)
                 self._checkpoint()
             change = _sum(change, Change(0, 0, 0, self._catalog.finish(found, ids)))

@@ -23,8 +23,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from stillroom_client.home import RELEASE_NAME, Identity, adapter_in_use
+from stillroom_client.home import STORE_NAME, Identity, adapter_in_use
 from stillroom_client.participation import KEY_FILE, LEDGER_FILE, Consent, open_ledger
+from stillroom_client.store import Store
 from stillroom_client.witness import seen_ledger, why_refused
 from stillroom_shared.accounting import epsilon
 from stillroom_shared.errors import ReleaseError
@@ -209,8 +210,10 @@ def _participations_left(events: Sequence[Event], consent: Consent) -> int:
 def _stated(home: Path, identity: Identity) -> PrivacyStatement | str:
     """The statement of the adapter in use, or why there is none."""
     try:
-        release = open_release(home / RELEASE_NAME, trusted_key=identity.trusted_key)
-        adapter = adapter_in_use(home, release, identity.trusted_key)
+        with Store(home / STORE_NAME) as store:
+            folder = store.in_use().folder
+        release = open_release(home / folder, trusted_key=identity.trusted_key)
+        adapter = adapter_in_use(home, folder, release, identity.trusted_key)
     except ReleaseError as error:
         return f"unknown: {error}"
     if adapter is None:

@@ -20,7 +20,7 @@ import dataclasses
 import json
 import time
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +34,13 @@ from stillroom_shared.errors import DataError
 _COLUMNS = "path, type, title, size, modified_ns, read_ns, digest, reader, metadata"
 _DAY_NS = 86_400 * 10**9
 _PLACE = "place, page, line, start, stop"
+
+
+class Embedded(NamedTuple):
+    """Vectors (n, dim) and the hash of the document tower that made them."""
+
+    vectors: NDArray[np.float32]
+    tower: str
 
 
 class Catalog:
@@ -111,10 +118,15 @@ class Catalog:
                 )
         return [passage for _, passage in lacking]
 
-    def stage(self, passages: Sequence[Passage], vectors: NDArray[np.float32]) -> None:
-        """Keep the unit vectors (n, dim) of passages whose document is not complete yet; no generation of its own."""
-        codes, scales = quantize(self._store.checked(passages, vectors))
+    def stage(self, passages: Sequence[Passage], embedded: Embedded) -> None:
+        """Keep the vectors of passages whose document is not complete yet; no generation of its own.
+
+        Raises:
+            TowerChangedError: they are by a document tower that is no longer in use.
+        """
+        codes, scales = quantize(self._store.checked(passages, embedded.vectors))
         with self._store.writing():
+            self._store.refuse_other_tower(embedded.tower)
             self._store.execute_many(
                 "INSERT OR REPLACE INTO staged VALUES (?, ?, ?, ?)",
                 ((digest_of(p), float(scales[n]), codes[n].tobytes(), time.time_ns()) for n, p in enumerate(passages)),

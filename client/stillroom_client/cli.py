@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from stillroom_client.index_cli import compact, tune
+from stillroom_client.index_cli import compact, tune, upgrade
 from stillroom_client.options import AsJson, Home
 
 
@@ -31,7 +31,7 @@ def register(app: typer.Typer) -> None:
     """Add the commands of the client room."""
     app.command()(search)
     index = typer.Typer(name="index", help="Make an index, add documents, see what it holds.", no_args_is_help=True)
-    for command in (create, add, remove, status, tune, compact):
+    for command in (create, add, remove, status, tune, compact, upgrade):
         index.command()(command)
     app.add_typer(index)
     feedback = typer.Typer(

@@ -12,9 +12,9 @@ it that this is never much.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -33,6 +33,8 @@ from stillroom_client.text_index import TextIndex, tidy, write_index
 from stillroom_shared.files import exclusive
 
 State = Literal["current"] | Fault
+
+Replacing = Callable[[], AbstractContextManager[Callable[[Store, Callable[[], None]], None]]]
 
 _FILTERS = 8  # row sets that are kept: at 100,000 passages one takes up to 0.8 MB
 _TAIL, _TAIL_SHARE = 1_000, 0.125  # rows that may have come, at least and as a share, before an index takes them in
@@ -151,6 +153,30 @@ class Indexes:
         if due:
             self.refresh()
 
+    @contextmanager
+    def replacing(self) -> Iterator[Callable[[Store, Callable[[], None]], None]]:
+        """For whoever replaces all vectors by those of the table `reembedded`: their index is made first, and laid ready.
+
+        What is handed out is to be called inside `writing` of the store given, with what replaces them: it begins
+        generations from which on no earlier index of vectors is used.
+        """
+        ready = self._vectors_file.with_name(f"{self._vectors_file.name}.next")
+        with self._alone():
+            with self._store.twin() as store, store.reading() as generation:
+                base = build(store, generation, self.settings.kind_for(store.count()), table="reembedded")
+
+            def switch(store: Store, replace_them: Callable[[], None]) -> None:
+                replace_them()
+                first = store.advance(store.generation())
+                store.query("INSERT OR REPLACE INTO meta VALUES ('vectors_from', ?)", (first.number,))
+                store.advance(first)  # what came after the index was made is beside it, as after any other generation
+                with suppress(OSError):
+                    replace(base, generation=first).save(ready)
+
+            yield switch
+            with suppress(OSError):  # killed before: everything is searched without an index until the next refresh
+                ready.replace(self._vectors_file)
+
     def compact(self) -> None:
         """Build both files from nothing, without what was removed, and forget how the store came to be what it is.
 
@@ -190,7 +216,9 @@ class Indexes:
         if not isinstance(base, Base):
             return base
         count = self._store.count()
-        if not self._history.knows(base.generation) or (self._is_small(count) and base.generation != generation):
+        if not self._history.has_vectors_of(base.generation) or (
+            self._is_small(count) and base.generation != generation
+        ):
             return "stale"
         return "current" if self._is_small(count) or not _far(base, self._store, self.settings, count) else "stale"
 
@@ -208,7 +236,7 @@ class Indexes:
         count, base, history = store.count(), Base.load(self._vectors_file), History(store)
         if self._is_small(count):
             return None
-        if not isinstance(base, Base) or not history.knows(base.generation):
+        if not isinstance(base, Base) or not history.has_vectors_of(base.generation):
             return build(store, generation, self.settings.kind_for(count))
         far = _far(base, store, self.settings, count)
         if far == "built":
@@ -220,7 +248,7 @@ class Indexes:
         held = self._vectors
         if held is not None and held.generation == generation:
             return held
-        if held is not None and not self._history.knows(held.generation):
+        if held is not None and not self._history.has_vectors_of(held.generation):
             held = None
         small = self._is_small(self._store.count())
         if (base := self._changed_file()) is not None and (held is None or base.generation != held.base.generation):
@@ -247,7 +275,7 @@ class Indexes:
             return None
         self._looked_at = signature
         base = Base.load(self._vectors_file)
-        return base if isinstance(base, Base) and self._history.knows(base.generation) else None
+        return base if isinstance(base, Base) and self._history.has_vectors_of(base.generation) else None
 
     def _dense(self, index: VectorIndex | None) -> Dense | None:
         if index is None:
@@ -261,11 +289,13 @@ class Indexes:
         return self._words
 
 
-def build(store: Store, generation: Generation, kind: Kind) -> Base:
-    """A vector index of a whole store: ask inside one of its transactions."""
-    history = History(store)
-    sample = history.sample(SAMPLE)
-    return Base.build(kind, generation, history.mark(), store.count(), sample, history.vectors(Mark()))
+def build(store: Store, generation: Generation, kind: Kind, *, table: str = "vectors") -> Base:
+    """A vector index of all vectors of a table: ask inside one of the store's transactions."""
+    history = History(store, table)
+    mark = history.mark()
+    if table != "vectors":  # passages that came last may not be in it yet
+        mark = Mark(history.last(), mark.removal)
+    return Base.build(kind, generation, mark, history.count(Mark()), history.sample(SAMPLE), history.vectors(Mark()))
 
 
 def _nothing(dimension: int) -> Base:

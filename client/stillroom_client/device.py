@@ -9,21 +9,21 @@ nothing committed is lost and nothing half-written is served. Threads and proces
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from stillroom_client.analysis import clean
-from stillroom_client.catalog import Catalog
-from stillroom_client.derived import Indexes, State
+from stillroom_client.catalog import Catalog, Embedded
+from stillroom_client.derived import Current, Indexes, Replacing, State
 from stillroom_client.described import fields
 from stillroom_client.encoder import Encoder
-from stillroom_client.filters import compile_filter
+from stillroom_client.filters import Condition, compile_filter
 from stillroom_client.home import (
-    RELEASE_NAME,
     STORE_NAME,
     Identity,
     adapter_in_use,
@@ -32,7 +32,8 @@ from stillroom_client.home import (
 )
 from stillroom_client.index_plan import IndexSettings
 from stillroom_client.ranking import Hit, Mode, ranking
-from stillroom_client.store import Change, Feedback, Store
+from stillroom_client.store import Change, Feedback, InUse, Store, TowerChangedError
+from stillroom_client.upgrade import Upgraded, drop_replaced, upgrade
 from stillroom_shared.closing import Closing
 from stillroom_shared.corpus import Passage
 from stillroom_shared.errors import ReleaseError, SettingsError
@@ -68,8 +69,9 @@ class Device(Closing):
         self.identity = identity
         self.store = store
         self.catalog = Catalog(store)
-        self._threads = threads
+        self.threads = threads
         self._indexes = Indexes(home, store)
+        self._in_use = self._stored_in_use()
         self._release: Release | None = None
         self._encoder: Encoder | None = None
         self._lock = threading.RLock()
@@ -111,7 +113,7 @@ class Device(Closing):
         device = cls(home, Identity.load(home), Store(home / STORE_NAME), threads=threads)
         if release is not None:
             trusted = release.manifest.public_key == device.identity.trusted_key
-            if not trusted or release.folder != (home / RELEASE_NAME).resolve():
+            if not trusted or release.folder != (home / device._in_use.folder).resolve():
                 raise ReleaseError(
                     f"{release.folder} is not the release that {home} links to: open the home without it"
                 )
@@ -129,24 +131,46 @@ class Device(Closing):
         with self._lock:
             if self._release is None:
                 self._release = self._fitting(
-                    open_release(self.home / RELEASE_NAME, trusted_key=self.identity.trusted_key)
+                    open_release(self.home / self._in_use.folder, trusted_key=self.identity.trusted_key)
                 )
             return self._release
 
+    def _stored_in_use(self) -> InUse:
+        found = self.store.in_use()
+        return found if found.tower else replace(found, tower=self.identity.document_tower_hash)
+
+    def _follow(self) -> InUse:
+        """Take over the release that another thread or process put in use since; what is in use now.
+
+        Only what begins with documents or a query follows: whoever holds vectors must learn that they are of another tower.
+        """
+        now = self._stored_in_use()
+        with self._lock:
+            if now != self._in_use:
+                self._in_use, self._release, self._encoder = now, None, None
+        return now
+
+    def _refuse_another_release(self) -> None:
+        """Inside a transaction: `ReleaseError` when vectors that were made for this device no longer fit its index."""
+        if (now := self._stored_in_use()) != self._in_use:
+            raise ReleaseError(
+                f"{self.home} moved on to the release in {now.folder!r}: begin again with a device opened anew"
+            )
+
     def _fitting(self, release: Release) -> Release:
         """The release, if the index was built with its document tower."""
-        if release.document_tower_hash != self.identity.document_tower_hash:
+        if release.document_tower_hash != self._in_use.tower:
             raise ReleaseError(
                 f"release {release.id} has document tower {release.document_tower_hash}, the index in {self.home} "
-                f"was built with {self.identity.document_tower_hash}: re-index the documents in a new home "
-                "(`stillroom index create`, then `stillroom index add`), or restore the earlier release"
+                f"was built with {self._in_use.tower}: restore the earlier release, then "
+                "`stillroom index upgrade` embeds the documents anew"
             )
         return release
 
     @property
     def adapter(self) -> SealedAdapter | None:
         """The adapter in use, verified against the release; None before the first."""
-        return adapter_in_use(self.home, self.release, self.identity.trusted_key)
+        return adapter_in_use(self.home, self._in_use.folder, self.release, self.identity.trusted_key)
 
     @property
     def encoder(self) -> Encoder:
@@ -155,7 +179,7 @@ class Device(Closing):
             if self._encoder is None:
                 sealed = self.adapter
                 self._encoder = Encoder(
-                    self.release, precision="int8", threads=self._threads, adapter=sealed.adapter if sealed else None
+                    self.release, precision="int8", threads=self.threads, adapter=sealed.adapter if sealed else None
                 )
             return self._encoder
 
@@ -167,15 +191,20 @@ class Device(Closing):
         """
         wanted = list(passages)
         if vectors is not None:
-            return self.store.put(wanted, vectors)
+            return self.store.put(wanted, vectors, tower=self._in_use.tower)
         if not (fresh := self.store.changed(wanted)):
             return Change(0, 0, len(wanted))
-        change = self.store.put(fresh, self.embed(fresh))
-        return Change(change.added, change.replaced, len(wanted) - change.added - change.replaced)
+        while True:
+            embedded = self.embed(fresh)
+            with suppress(TowerChangedError):
+                change = self.store.put(fresh, embedded.vectors, tower=embedded.tower)
+                return Change(change.added, change.replaced, len(wanted) - change.added - change.replaced)
 
-    def embed(self, passages: Sequence[Passage]) -> NDArray[np.float32]:
-        """The vectors of passages (n, dim), by the release's document tower."""
-        return self.encoder.encode_documents([passage.full_text for passage in passages])
+    def embed(self, passages: Sequence[Passage]) -> Embedded:
+        """The vectors of passages (n, dim), by the document tower of the release in use."""
+        with self._lock:
+            tower, encoder = self._follow().tower, self.encoder
+        return Embedded(encoder.encode_documents([passage.full_text for passage in passages]), tower)
 
     def remove(self, ids: Iterable[str]) -> int:
         """Remove passages with their vectors and feedback; how many there were."""
@@ -196,16 +225,32 @@ class Device(Closing):
             raise SettingsError(f"k = {k} is out of range: ask for at least 1 result")
         text = clean(text)
         condition = None if where is None else compile_filter(where, fields(self.store))
-        vectors = None if mode == "bm25" else self.encoder.encode_queries([text])
-        with self._indexes.current(dense=mode != "bm25", text=mode != "dense") as current:
-            rows = None if condition is None else self._indexes.selected(condition, current.generation)
-            found = ranking(current, mode, text, vectors, k, rows)
-            stored = self.catalog.found(fused.row for fused in found)
+        while True:
+            with self._lock:
+                in_use, encoder = self._follow(), None if mode == "bm25" else self.encoder
+            vectors = None if encoder is None else encoder.encode_queries([text])
+            with self._indexes.current(dense=mode != "bm25", text=mode != "dense") as current:
+                if encoder is None or self._stored_in_use() == in_use:
+                    return self._ranked(current, mode, text, vectors, k, condition)
+
+    def _ranked(
+        self,
+        current: Current,
+        mode: Mode,
+        text: str,
+        vectors: NDArray[np.float32] | None,
+        k: int,
+        condition: Condition | None,
+    ) -> list[Hit]:
+        rows = None if condition is None else self._indexes.selected(condition, current.generation)
+        found = ranking(current, mode, text, vectors, k, rows)
+        stored = self.catalog.found(fused.row for fused in found)
         return [Hit.of(rank, fused, stored[fused.row]) for rank, fused in enumerate(found, start=1)]
 
     def search_many(self, vectors: NDArray[np.float32], k: int = 10) -> list[list[str]]:
         """Passage ids for each of many query vectors (n, dim), best first: what evaluation needs."""
         with self._indexes.vectors() as index:
+            self._refuse_another_release()
             _, rows = index.search(vectors, k)
             names = self.store.names(np.unique(rows))
         return [[names[row] for row in own] for own in rows.tolist()]
@@ -216,6 +261,7 @@ class Device(Closing):
         From the raw index, without filter or cache, each row from its own query vector alone.
         """
         with self._indexes.vectors() as index:
+            self._refuse_another_release()
             _, rows = index.search(vectors, k)  # (n, m)
             known, stored = self.store.vectors(np.unique(rows))
             names = self.store.names(known)
@@ -224,6 +270,7 @@ class Device(Closing):
     def vectors_of(self, ids: Sequence[str]) -> NDArray[np.float32]:
         """Stored vectors of passages (n, dim); `DataError` names the first that is not stored."""
         with self.store.reading():
+            self._refuse_another_release()
             rows = self.store.rows(ids)
             known, stored = self.store.vectors(np.unique(rows))
         return stored[np.searchsorted(known, rows)]
@@ -247,10 +294,22 @@ class Device(Closing):
             ReleaseError: it is not for this release or not of the trusted key; the adapter before it stays in use.
         """
         with self._lock, self.store.writing():  # one process at a time
-            sealed = replace_adapter(self.home, folder, self.release, self.identity.trusted_key)
+            self._refuse_another_release()
+            sealed = replace_adapter(self.home, self._in_use.folder, folder, self.release, self.identity.trusted_key)
             if self._encoder is not None:
                 self._encoder.adopt(sealed.adapter)
         return sealed
+
+    def upgrade(self, folder: Path, *, report: Callable[[int, int], None] = lambda done, total: None) -> Upgraded:
+        """Search with another release from now on, after embedding all documents anew if need be; see `upgrade.py`."""
+        done = upgrade(self, folder, report=report)
+        self._follow()
+        return done
+
+    @property
+    def replacing_vectors(self) -> Replacing:
+        """See `Indexes.replacing`."""
+        return self._indexes.replacing
 
     def refresh_index(self) -> None:
         """Bring the saved indexes up to date now, so that the next search need not."""
@@ -262,6 +321,7 @@ class Device(Closing):
 
     def compact(self) -> None:
         """Build the indexes from nothing, without what was removed, and give space back to the disk."""
+        drop_replaced(self.store)
         self._indexes.compact()
 
     @property

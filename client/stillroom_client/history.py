@@ -7,6 +7,7 @@ no way of removing a passage can forget it. Rows that came have a number above e
 
 from __future__ import annotations
 
+import json
 import sqlite3
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ TABLES = (
     "WHERE key = 'stamp'",
 )
 
+_AMONG = "IN (SELECT value FROM json_each(?))"  # as in store.py
 _BATCH = 20_000  # vectors at once: 30 MB
 
 
@@ -49,8 +51,9 @@ def begin(db: sqlite3.Connection) -> None:
 class History:
     """What came and went in a store; ask inside one of its transactions."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, table: str = "vectors") -> None:
         self._store = store
+        self._table = table  # of vectors
 
     def mark(self) -> Mark:
         """Up to where the store has come."""
@@ -62,6 +65,11 @@ class History:
         query = "SELECT 1 FROM history WHERE (number, stamp) = (?, ?)"
         return bool(self._store.query(query, (generation.number, generation.stamp)))
 
+    def has_vectors_of(self, generation: Generation) -> bool:
+        """Whether the vectors of that generation's passages are still theirs: of this past, and by the same document tower."""
+        query = "SELECT 1 FROM meta WHERE key = 'vectors_from' AND value > ?"
+        return self.knows(generation) and not self._store.query(query, (generation.number,))
+
     def passages(self, mark: Mark) -> Iterator[tuple[int, Passage]]:
         """Rows and passages that came after `mark` and are still here, ascending."""
         last, query = mark.row, "SELECT row, id, owner, text, title FROM passages WHERE row > ? ORDER BY row LIMIT 1000"
@@ -72,21 +80,27 @@ class History:
     def vectors(self, mark: Mark) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
         """Rows (n,) and vectors (n, dim) that came after `mark` and are still here, ascending, in batches."""
         last = mark.row
-        while len((batch := self._store.vectors_where("WHERE row > ? ORDER BY row LIMIT ?", (last, _BATCH)))[0]):
+        while len((batch := self._vectors("WHERE row > ? ORDER BY row LIMIT ?", last, _BATCH))[0]):
             yield batch
             last = int(batch[0][-1])
 
     def count(self, mark: Mark) -> int:
         """Passages that came after `mark` and are still here."""
-        return int(self._store.query("SELECT count(*) FROM vectors WHERE row > ?", (mark.row,))[0][0])
+        return int(self._store.query(f"SELECT count(*) FROM {self._table} WHERE row > ?", (mark.row,))[0][0])
+
+    def last(self) -> int:
+        """The largest row that has a vector; 0 without any."""
+        return int(self._store.query(f"SELECT coalesce(max(row), 0) FROM {self._table}")[0][0])
 
     def sample(self, size: int) -> NDArray[np.float32]:
         """Vectors (m, dim) of `size` rows that are drawn evenly, the same ones each time; of all rows if there are fewer."""
-        if self._store.count() <= size:
-            return self._store.vectors()[1]
-        rows = self._store.query("SELECT row FROM vectors ORDER BY row")
-        drawn = np.random.default_rng(0).choice(len(rows), size, replace=False)
-        return self._store.vectors(rows[place][0] for place in drawn.tolist())[1]
+        rows = [row for (row,) in self._store.query(f"SELECT row FROM {self._table} ORDER BY row")]
+        if len(rows) > size:
+            rows = [rows[place] for place in np.random.default_rng(0).choice(len(rows), size, replace=False)]
+        return self._vectors(f"WHERE row {_AMONG} ORDER BY row", json.dumps(rows))[1]
+
+    def _vectors(self, which: str, *values: object) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        return self._store.vectors_where(which, values, table=self._table)
 
     def removed(self, mark: Mark) -> list[int]:
         """Rows that went after `mark`."""

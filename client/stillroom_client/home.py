@@ -3,8 +3,9 @@
 | name | holds |
 |---|---|
 | `device.json` | name, trusted key, hash of the document tower that the index was built with |
-| `release/` | the release, copied; or a relative link to it |
-| `adapter` | a link to the adapter in use, as its publisher sealed it; absent before the first |
+| `release/` | the first release, copied; or a relative link to it |
+| `release-ID/` | a later one (`upgrade.py`); the store says which is in use |
+| `adapter`, `adapter-ID` | a link to the adapter in use with that release, as it was sealed; absent before the first |
 | `store.sqlite3` | the truth: passages, vectors, feedback |
 | `index.faiss` | vectors; derived from the store by whoever searches first after a change |
 | `index.tantivy/` | words; derived in the same way, one folder a generation (`text_index.py`) |
@@ -79,16 +80,26 @@ def create_home(home: Path, release: Release, *, link: bool, name: str) -> None:
         (partial / IDENTITY_NAME).write_text(identity.model_dump_json(indent=1) + "\n")
 
 
-def adapter_in_use(home: Path, release: Release, trusted_key: str) -> SealedAdapter | None:
-    """The adapter of this home, verified against its release; None before the first."""
-    link = home / ADAPTER_NAME
+def release_folder(release: Release) -> str:
+    """The name of a release's folder in a home that was upgraded to it."""
+    return f"{RELEASE_NAME}-{release.id[:16]}"
+
+
+def adapter_link(home: Path, release: str) -> Path:
+    """The link to the adapter in use with the release in that folder."""
+    return home / (ADAPTER_NAME + release.removeprefix(RELEASE_NAME))
+
+
+def adapter_in_use(home: Path, name: str, release: Release, trusted_key: str) -> SealedAdapter | None:
+    """The adapter that a home uses with the release in folder `name`, verified against it; None before the first."""
+    link = adapter_link(home, name)
     return open_adapter(link, release=release, trusted_key=trusted_key) if link.is_symlink() else None
 
 
-def replace_adapter(home: Path, folder: Path, release: Release, trusted_key: str) -> SealedAdapter:
+def replace_adapter(home: Path, name: str, folder: Path, release: Release, trusted_key: str) -> SealedAdapter:
     """Verify a published adapter, copy it into the home and put it in use. One caller at a time."""
     open_adapter(folder, release=release, trusted_key=trusted_key)  # copy nothing that was not vouched for
-    link, kept = home / ADAPTER_NAME, f".{ADAPTER_NAME}-{secrets.token_hex(8)}"
+    link, kept = adapter_link(home, name), f".{ADAPTER_NAME}-{secrets.token_hex(8)}"
     with private_folder(home / kept) as partial:
         shutil.copytree(folder, partial, copy_function=shutil.copyfile, dirs_exist_ok=True)
         sealed = open_adapter(partial, release=release, trusted_key=trusted_key)  # what is used later is the copy

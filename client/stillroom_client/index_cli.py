@@ -1,10 +1,12 @@
-"""`stillroom index tune` and `stillroom index compact`: how vectors are indexed, and building what is derived afresh."""
+"""`stillroom index tune`, `compact` and `upgrade`: how vectors are indexed, what is built anew, and with which release."""
 
 from __future__ import annotations
 
 import json
+import os
 import time
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -64,6 +66,26 @@ def tune(
         return
     typer.echo("asked   " + ", ".join(f"{name} {value}" for name, value in shown["asked"].items() if value is not None))
     typer.echo("in use  " + ", ".join(f"{name} {value}" for name, value in in_use.items()))
+
+
+def upgrade(
+    release: Annotated[Path, typer.Argument(help="Folder of the release to search with from now on.")], home: Home
+) -> None:
+    """Search with another release; documents are embedded anew if need be, while the old one serves. Ctrl-C loses nothing."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from stillroom_client.device import Device
+
+    columns = (TextColumn("embedding"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with (
+        Device.open(home, threads=os.cpu_count() or 1) as device,
+        Progress(*columns, console=Console(stderr=True), transient=True) as bar,
+    ):
+        task = bar.add_task("embedding", total=None)
+        done = device.upgrade(release, report=lambda some, of: bar.update(task, completed=some, total=of))
+    again = f"{done.embedded:,} passages embedded anew" if done.passages else "its document tower is the same"
+    typer.echo(f"searching with release {done.release[:16]}; {again}")
 
 
 def compact(home: Home) -> None:

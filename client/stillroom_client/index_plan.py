@@ -11,7 +11,23 @@ vectors that is the order of inner products, but a graph whose edges are chosen 
 | `pq` | the same lists, product codes (Jegou et al. 2011), re-ranked | 84 | `nprobe` lists, `candidates` stored vectors |
 | `sq4` | every vector, 4 bits a component, re-ranked | 200 | all of them, `candidates` stored vectors |
 
-Re-ranked: the `candidates` best are scored again with their int8 vectors from the store. MEASURED
+Re-ranked: the `candidates` best are scored again with their int8 vectors from the store.
+
+Measured on one core: 97,517 passages of 55 words of four corpora by a document tower of 384 dimensions, 500 questions by a
+distilled query tower ("queries") and by the document tower itself ("same"), 100 results, Recall@10 against exact float32.
+Questions by another tower than the graph was made of are the hard case, and the usual one here.
+
+| kind | built in | queries | same | a query |
+|---|---|---|---|---|
+| every vector, 8 bits | 0.2 s | 0.989 | | 3.2 ms |
+| graph, 16 neighbours, by distance, 200 when built, `ef_search` 100 | 35 s | 0.964 | 0.978 | 0.23 ms |
+| the same, `ef_search` 200 | | 0.983 | 0.990 | 0.39 ms |
+| 100 when built, `ef_search` 200 | 19 s | 0.957 | 0.979 | 0.36 ms |
+| by inner product, `ef_search` 200 | 35 s | 0.965 | 0.981 | 0.45 ms |
+| 624 lists, a quarter of them read | 6 s | 0.968 | 0.979 | 0.73 ms |
+| a third of them read | | 0.979 | 0.985 | 0.98 ms |
+| 312 lists, a third of them read | 3 s | 0.966 | 0.978 | 1.1 ms |
+| product codes of 48 bytes, a quarter read, 200 candidates | 6 s | 0.963 | 0.980 | 1.2 ms |
 """
 
 from __future__ import annotations
@@ -36,7 +52,7 @@ LEARNT_LIMIT = 2_000
 SAMPLE = 100_000
 """Vectors that centroids, code books and ranges are learnt from, at most."""
 
-_NEIGHBOURS = 16  # 32 cost 120 more bytes a passage and 2.1 times the building time for 0.003 of recall
+_NEIGHBOURS = 16  # 32 cost 128 more bytes a passage
 _EF_CONSTRUCTION = 200
 _PQ_BYTES = 48
 _MARGIN = 0.05  # of the range that a component had in the sample, kept free on both sides for vectors that come later

@@ -7,6 +7,7 @@
 | `passages` | one row a passage; `document` is NULL for one that was added alone (`Device.add`) |
 | `vectors` | the int8 vector of each passage |
 | `staged` | vectors of passages whose document is not complete yet, by the passage's digest |
+| `reembedded` | vectors by the document tower of a release that will replace this one (`upgrade.py`) |
 | `feedback` | what was opened |
 | `history`, `removed` | what derived indexes are brought forward by (`history.py`) |
 
@@ -56,6 +57,10 @@ CREATE VIEW described AS
     FROM passages p LEFT JOIN documents d ON d.number = p.document;
 """,
     "",  # `history`, `removed` and their trigger: history.py
+    """
+CREATE TABLE reembedded (
+    row INTEGER PRIMARY KEY REFERENCES passages (row) ON DELETE CASCADE, scale REAL NOT NULL, codes BLOB NOT NULL);
+""",
 )
 VERSION = len(STEPS)
 

@@ -38,6 +38,7 @@ from stillroom_shared.corpus import Passage
 from stillroom_shared.errors import DataError
 
 _WAIT_SECONDS = 60.0  # for another process' write; embedding happens outside, so a write is short
+FIRST_RELEASE = "release"  # folder in the home
 _FREE_SHARE = 0.1
 _NORM_TOLERANCE = 0.01
 AMONG = "IN (SELECT value FROM json_each(?))"  # one parameter for any number of values
@@ -59,6 +60,22 @@ class Change:
     replaced: int
     unchanged: int
     removed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class InUse:
+    """The release that a store's vectors belong to: its folder in the home, its document tower, and their dimension.
+
+    A store from before releases could be replaced names neither: `tower` is "" and the folder the first one.
+    """
+
+    folder: str
+    tower: str
+    dimension: int
+
+
+class TowerChangedError(DataError):
+    """Vectors of a document tower that is no longer in use: embed again, and try again."""
 
 
 class Feedback(NamedTuple):
@@ -133,11 +150,28 @@ class Store(Closing):
         known = self.digests(passages)
         return [passage for passage in passages if known.get(passage.id) != digest_of(passage)]
 
-    def put(self, passages: Sequence[Passage], vectors: NDArray[np.float32]) -> Change:
-        """Add or replace passages with their unit vectors (n, dim), as one generation; none when nothing changed."""
+    def in_use(self) -> InUse:
+        """The release that the vectors belong to."""
+        known = dict(self.query("SELECT key, value FROM meta WHERE key IN ('release', 'tower', 'dimension')"))
+        self.dimension = int(known["dimension"])
+        return InUse(known.get("release", FIRST_RELEASE), known.get("tower", ""), self.dimension)
+
+    def refuse_other_tower(self, tower: str | None) -> None:
+        """`TowerChangedError` unless new vectors are by the tower in use: ask inside `writing`. None: not known."""
+        now = self.in_use().tower
+        if tower and now and tower != now:
+            raise TowerChangedError(f"the index moved on to document tower {now} while {tower} embedded: try again")
+
+    def put(self, passages: Sequence[Passage], vectors: NDArray[np.float32], *, tower: str | None = None) -> Change:
+        """Add or replace passages with their unit vectors (n, dim), as one generation; none when nothing changed.
+
+        Args:
+            tower: hash of the document tower that made them; `TowerChangedError` if another one is in use by now.
+        """
         refuse_repeated_ids(passages)
         codes, scales = quantize(self.checked(passages, vectors))
         with self.writing() as generation:
+            self.refuse_other_tower(tower)
             known = self.digests(passages)
             fresh = [n for n, passage in enumerate(passages) if known.get(passage.id) != digest_of(passage)]
             replaced = [passages[n].id for n in fresh if passages[n].id in known]
@@ -215,10 +249,13 @@ class Store(Closing):
             self.query("VACUUM")
             self.query("PRAGMA wal_checkpoint(TRUNCATE)")
 
-    def vectors_where(self, which: str, values: tuple[object, ...]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    def vectors_where(
+        self, which: str, values: tuple[object, ...], *, table: str = "vectors"
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """Rows and vectors that a clause in SQL chooses and orders. For the modules that read here beside this one."""
-        found = self.query(f"SELECT row, scale, codes FROM vectors {which}", values)
-        codes = np.frombuffer(b"".join(row[2] for row in found), np.int8).reshape(-1, self.dimension)
+        found = self.query(f"SELECT row, scale, codes FROM {table} {which}", values)
+        width = len(found[0][2]) if found else self.dimension
+        codes = np.frombuffer(b"".join(row[2] for row in found), np.int8).reshape(-1, width)
         scales = np.array([row[1] for row in found], np.float64)
         return np.array([row[0] for row in found], np.int64), dequantize(codes, scales)
 
@@ -267,13 +304,17 @@ class Store(Closing):
                 self._db.execute(f"BEGIN {kind}")
                 try:
                     # A deferred transaction takes its view of the file at this first read.
-                    yield Generation(int(self._meta("generation")), str(self._meta("stamp")))
+                    yield self.generation()
                     self._db.execute("COMMIT")
                 finally:
                     if self._db.in_transaction:
                         self._db.execute("ROLLBACK")
             except sqlite3.Error as error:
                 raise self._damaged(error) from error
+
+    def generation(self) -> Generation:
+        """The present one; it stays inside a transaction."""
+        return Generation(int(self._meta("generation")), str(self._meta("stamp")))
 
     def advance(self, generation: Generation) -> Generation:
         """Begin the next generation, inside `writing`. For the modules that write here beside this one."""

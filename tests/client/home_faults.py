@@ -40,7 +40,7 @@ import stillroom_client.index_plan as index_plan
 import stillroom_client.store as store_module
 import stillroom_client.text_index as text_index
 import stillroom_shared.files as files
-from stillroom_client.catalog import Catalog
+from stillroom_client.catalog import Catalog, Embedded
 from stillroom_client.derived import Current, Indexes
 from stillroom_client.documents import Document, Located, Position
 from stillroom_client.store import Store
@@ -54,8 +54,12 @@ KILLED, DIMENSION, PARTS = 9, 32, 4
 
 def small_limits() -> None:
     """A large index begins at 100 passages, and is brought forward after 40."""
-    derived.FLAT_LIMIT = index_plan.FLAT_LIMIT = 100  # type: ignore[attr-defined]
-    index_plan.LEARNT_LIMIT, derived._TAIL, derived._AHEAD = 50, 20, 40  # type: ignore[misc]
+    for module, name, value in (
+        (derived, "FLAT_LIMIT", 100), (index_plan, "FLAT_LIMIT", 100), (index_plan, "LEARNT_LIMIT", 50),
+        (derived, "_TAIL", 20), (derived, "_AHEAD", 40),
+    ):  # fmt: skip
+        assert hasattr(module, name)
+        setattr(module, name, value)
 
 
 def word(path: str, version: int, part: int) -> str:
@@ -71,7 +75,7 @@ def put(catalog: Catalog, path: str, version: int) -> None:
     words = [word(path, version, part) for part in range(PARTS)]
     passages = [Passage(f"{path}#{part}", "zoo", f"The animal {w}.", "") for part, w in enumerate(words)]
     if fresh := catalog.lacking(passages):
-        catalog.stage(fresh, np.stack([vector(passage.text) for passage in fresh]))
+        catalog.stage(fresh, Embedded(np.stack([vector(passage.text) for passage in fresh]), ""))
     document = Document(path=path, type="text", title=path, digest=f"{version}".encode(), metadata={"version": version})
     catalog.put(document, [Located(p, Position(place=n), {}) for n, p in enumerate(passages)])
 

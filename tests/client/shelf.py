@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stillroom_client.adding import Added, Adding
-from stillroom_client.catalog import Catalog
+from stillroom_client.catalog import Catalog, Embedded
 from stillroom_client.reading import Parser
 from stillroom_client.store import Store
 from stillroom_shared.corpus import Passage
@@ -29,9 +29,9 @@ class Shelf:
         self.catalog = Catalog(self.store)
         self.embedded: list[str] = []
 
-    def embed(self, passages: Sequence[Passage]) -> NDArray[np.float32]:
+    def embed(self, passages: Sequence[Passage]) -> Embedded:
         self.embedded += [passage.text for passage in passages]
-        return np.array([vector(passage) for passage in passages], np.float32).reshape(-1, DIM)
+        return Embedded(np.array([vector(p) for p in passages], np.float32).reshape(-1, DIM), "")
 
     def adding(self, parser: Parser, *paths: Path, limit: int = 1_000_000) -> Adding:
         return Adding(self.catalog, paths, embed=self.embed, owner="me", parser=parser, limit=limit)

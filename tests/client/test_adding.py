@@ -13,14 +13,13 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
-from numpy.typing import NDArray
 from tests.client.papers import mail, pdf, word
 from tests.client.shelf import Shelf
 
 from stillroom_client import adding, reading
 from stillroom_client.adding import Tally
+from stillroom_client.catalog import Embedded
 from stillroom_client.following import follow
 from stillroom_client.readers.blocks import Reading, UnreadableError
 from stillroom_client.reading import File, Parser, load
@@ -336,7 +335,7 @@ def test_an_interrupted_run_is_resumed(
     (folder / "long.txt").write_text("\n\n".join(f"paragraph {n}" for n in range(30)))
     real, calls = shelf.embed, [0]
 
-    def interrupted(passages: list[Passage]) -> NDArray[np.float32]:
+    def interrupted(passages: list[Passage]) -> Embedded:
         calls[0] += 1
         if calls[0] == 5:
             raise KeyboardInterrupt

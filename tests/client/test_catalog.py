@@ -71,7 +71,7 @@ def test_the_view_for_filters_sees_documents_and_lone_passages(shelf: Shelf) -> 
     put(shelf, "/a", "one")
     put(shelf, "/b", "two", year=2024, type="pdf")
     lone = Passage("p", "zoo", "three")
-    shelf.store.put([lone], shelf.embed([lone]))
+    shelf.store.put([lone], shelf.embed([lone]).vectors)
     query = "SELECT row FROM described WHERE json_extract(metadata, '$.year') >= 2021"
     assert shelf.store.query(query) == [(int(shelf.store.rows(["/b#two"])[0]),)]
     for row, metadata in shelf.store.query("SELECT row, metadata FROM described"):

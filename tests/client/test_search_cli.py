@@ -10,14 +10,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import pytest
 from click.testing import Result
-from numpy.typing import NDArray
 from rich.console import Console
 from typer.testing import CliRunner
 
 from stillroom_client import adding
+from stillroom_client.catalog import Embedded
 from stillroom_client.search import Device, Hit
 from stillroom_client.show import hits_table, plain, snippet
 from stillroom_shared.cli import build_app
@@ -109,7 +108,7 @@ def test_an_interrupted_add_keeps_the_batches_behind_it(
     monkeypatch.setattr(adding, "_BATCH", 4)
     real, calls = Device.embed, []
 
-    def interrupted(self: Device, passages: Sequence[Passage]) -> NDArray[np.float32]:
+    def interrupted(self: Device, passages: Sequence[Passage]) -> Embedded:
         calls.append(len(passages))
         if len(calls) == 3:
             raise KeyboardInterrupt
