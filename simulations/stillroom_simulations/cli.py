@@ -33,6 +33,7 @@ def register(app: typer.Typer) -> None:
     measured = typer.Typer(name="bench", help="Measure the figures of record.", no_args_is_help=True)
     measured.command("demo")(bench_demo)
     measured.command("privacy")(bench_privacy)
+    measured.command("search")(bench_search)
     app.add_typer(measured)
 
 
@@ -311,6 +312,36 @@ def bench_privacy(
         out=out, chart=chart, console=Console(highlight=False),
         command=" ".join(["stillroom bench privacy", *words]),
     )  # fmt: skip
+
+
+def bench_search(
+    release: Annotated[Path, typer.Option(help="Release to search with, of an operator you trust.")],
+    data: Annotated[list[Path], typer.Option(help="A BEIR-layout folder to search in; may be repeated.")],
+    folder: Annotated[
+        Path, typer.Option(help="Where vectors and homes go; the same folder again spares embedding.")
+    ] = Path("runs/bench-search"),
+    out: Annotated[Path, typer.Option(help="The benchmark file to write.")] = Path("benchmarks/results/search.json"),
+    chart: Annotated[Path, typer.Option(help="The picture to draw.")] = Path("docs/images/search-growth.svg"),
+    passages: Annotated[
+        int, typer.Option(min=2_001, help="How far to grow; beyond the real ones, drawn passages.")
+    ] = 100_000,
+    questions: Annotated[int, typer.Option(min=50, help="Dev questions to ask.")] = 500,
+    others: Annotated[bool, typer.Option(help="Compare with others (extra `compare`).")] = True,
+) -> None:
+    """Measure search on a device, beside other searches on the same passages and questions, in one run."""
+    _only_our_own_progress()
+    from rich.console import Console
+
+    from stillroom_simulations.search_bench.report import show
+    from stillroom_simulations.search_bench.run import Asked
+    from stillroom_simulations.search_bench.run import bench_search as measure
+
+    words = [*(f"--data {path.name}" for path in data), f"--passages {passages}", f"--questions {questions}"]
+    made = measure(
+        Asked(release, data, folder, passages, questions, others), out=out, console=Console(highlight=False),
+        command=" ".join(["stillroom bench search", *words, *([] if others else ["--no-others"])]),
+    )  # fmt: skip
+    show(made, console=Console(), chart=chart)
 
 
 def _numbers(seeds: str) -> list[int]:

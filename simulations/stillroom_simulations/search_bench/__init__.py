@@ -1,0 +1,1 @@
+"""`stillroom bench search`: a device's search, and others on the same passages and queries in the same run."""
