@@ -26,6 +26,7 @@ from stillroom_client.filters import Condition, compile_filter
 from stillroom_client.home import (
     STORE_NAME,
     Identity,
+    adapter_folder,
     adapter_in_use,
     create_home,
     replace_adapter,
@@ -74,6 +75,7 @@ class Device(Closing):
         self._in_use = self._stored_in_use()
         self._release: Release | None = None
         self._encoder: Encoder | None = None
+        self._adapter_folder: str | None = None
         self._lock = threading.RLock()
 
     @classmethod
@@ -140,7 +142,7 @@ class Device(Closing):
         return found if found.tower else replace(found, tower=self.identity.document_tower_hash)
 
     def _follow(self) -> InUse:
-        """Take over the release that another thread or process put in use since; what is in use now.
+        """Take over the release and the adapter that another thread or process put in use since; what is in use now.
 
         Only what begins with documents or a query follows: whoever holds vectors must learn that they are of another tower.
         """
@@ -148,7 +150,14 @@ class Device(Closing):
         with self._lock:
             if now != self._in_use:
                 self._in_use, self._release, self._encoder = now, None, None
+            elif self._encoder is not None and adapter_folder(self.home, now.folder) != self._adapter_folder:
+                self._adapt(self._encoder)
         return now
+
+    def _adapt(self, encoder: Encoder) -> None:
+        self._adapter_folder = adapter_folder(self.home, self._in_use.folder)
+        sealed = self.adapter
+        encoder.adopt(sealed.adapter if sealed else None)
 
     def _refuse_another_release(self) -> None:
         """Inside a transaction: `ReleaseError` when vectors that were made for this device no longer fit its index."""
@@ -177,10 +186,9 @@ class Device(Closing):
         """The release's towers in int8 with the adapter in use, loaded on first use."""
         with self._lock:
             if self._encoder is None:
-                sealed = self.adapter
-                self._encoder = Encoder(
-                    self.release, precision="int8", threads=self.threads, adapter=sealed.adapter if sealed else None
-                )
+                encoder = Encoder(self.release, precision="int8", threads=self.threads)
+                self._adapt(encoder)
+                self._encoder = encoder
             return self._encoder
 
     def add(self, passages: Iterable[Passage], vectors: NDArray[np.float32] | None = None) -> Change:
@@ -297,7 +305,7 @@ class Device(Closing):
             self._refuse_another_release()
             sealed = replace_adapter(self.home, self._in_use.folder, folder, self.release, self.identity.trusted_key)
             if self._encoder is not None:
-                self._encoder.adopt(sealed.adapter)
+                self._adapt(self._encoder)
         return sealed
 
     def upgrade(self, folder: Path, *, report: Callable[[int, int], None] = lambda done, total: None) -> Upgraded:

@@ -90,6 +90,14 @@ def adapter_link(home: Path, release: str) -> Path:
     return home / (ADAPTER_NAME + release.removeprefix(RELEASE_NAME))
 
 
+def adapter_folder(home: Path, release: str) -> str | None:
+    """What the link to the adapter points to; None before the first."""
+    try:
+        return os.readlink(adapter_link(home, release))
+    except OSError:
+        return None
+
+
 def adapter_in_use(home: Path, name: str, release: Release, trusted_key: str) -> SealedAdapter | None:
     """The adapter that a home uses with the release in folder `name`, verified against it; None before the first."""
     link = adapter_link(home, name)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.client.devices import adapter_folder, filled, passages, units, unpacked
+from tests.client.devices import ANIMALS, adapter_folder, filled, passages, units, unpacked
 
 from stillroom_client.device import Device
 from stillroom_client.store import Change
@@ -74,7 +74,7 @@ def test_a_release_with_another_document_tower_is_refused(
     with Device.open(home) as device:
         assert len(device.search("a new query tower is welcome")) == 1
     resealed(home / "release", tiny_release, signing_key, document_tokens=tiny_release.document_tokens - 1)
-    with Device.open(home) as device, pytest.raises(ReleaseError, match=r"document tower .* re-index"):
+    with Device.open(home) as device, pytest.raises(ReleaseError, match=r"document tower .* index upgrade"):
         device.search("tapir")
 
 
@@ -93,6 +93,22 @@ def test_an_adapter_changes_queries_and_stays(tmp_path: Path, tiny_release: Rele
             device.adopt(adapter_folder(tmp_path / f"{round}", tiny_release, signing_key, round=round))
             assert device.adapter is not None and device.adapter.round == round
         assert len(list((tmp_path / "home").glob("*adapter*"))) == 3  # the link, the one in use, the one before
+
+
+def test_an_adapter_that_another_process_adopts_is_used_from_the_next_query_on(
+    tmp_path: Path, tiny_release: Release, signing_key: SigningKey
+) -> None:
+    """Guards against a server that searches with the adapter of its start until somebody restarts it."""
+    with Device.create(tmp_path / "home", tiny_release, link=True) as device, Device.open(device.home) as other:
+        device.add(passages(ANIMALS))
+        scores = []
+        for round in (0, 1, 2):
+            if round:
+                device.adopt(adapter_folder(tmp_path / f"{round}", tiny_release, signing_key, round=round))
+            found = [[hit.score for hit in some.search("a tapir", 5, mode="dense")] for some in (device, other)]
+            assert found[0] == found[1]
+            scores.append(found[0])
+        assert scores[0] != scores[1] != scores[2]
 
 
 def test_an_adapter_that_does_not_verify_changes_nothing(
