@@ -10,9 +10,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from stillroom_client.search import Change, Device, Encoder, Feedback, FilterError, Hit, Status
+    from stillroom_client.search import CacheLimits, Change, Device, Encoder, Feedback, FilterError, Hit, Status
 
-__all__ = ["Change", "Device", "Encoder", "Feedback", "FilterError", "Hit", "Status"]
+__all__ = ["CacheLimits", "Change", "Device", "Encoder", "Feedback", "FilterError", "Hit", "Status"]
 
 
 def __getattr__(name: str) -> Any:

@@ -31,7 +31,7 @@ def register(app: typer.Typer) -> None:
     """Add the commands of the client room."""
     app.command()(search)
     index = typer.Typer(name="index", help="Make an index, add documents, see what it holds.", no_args_is_help=True)
-    for command in (create, add, remove, status, tune, compact, upgrade):
+    for command in (create, add, remove, status, tune, compact, upgrade, doctor):
         index.command()(command)
     app.add_typer(index)
     feedback = typer.Typer(
@@ -57,18 +57,22 @@ def search(
         str | None,
         typer.Option(metavar="FILTER", help="Only passages that fulfil it, such as \"owner in (zoo, 'city museum')\"."),
     ] = None,
+    rerank: Annotated[
+        bool, typer.Option("--rerank", help="Let the release's reranker read the best 20 again and order them.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Search the documents of a device. Nothing leaves it."""
     from stillroom_client.device import Device
+    from stillroom_client.rerank import USUAL
     from stillroom_shared.errors import DataError
 
-    with Device.open(home) as device:
+    with Device.open(home, threads=(os.cpu_count() or 1) if rerank else 1) as device:
         if not device.store.count():
             raise DataError(
                 f"the index is empty: add documents with `stillroom index add PATH... {_home_option(home)}`"
             )
-        hits = device.search(query, k, mode=mode.value, where=where)
+        hits = device.search(query, k, mode=mode.value, where=where, rerank=USUAL if rerank else 0)
     from stillroom_client.show import highlights, hits_table, snippet
 
     if as_json:
@@ -93,12 +97,22 @@ def create(
     trust: Annotated[
         str | None, typer.Option(metavar="KEY", help="Public key that must have signed it, in hexadecimal.")
     ] = None,
+    dimension: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Components of a vector that are stored and compared.  [default: all of the release's]"
+        ),
+    ] = None,
 ) -> None:
     """Make an empty index that searches with a release."""
     from stillroom_client.device import Device
+    from stillroom_client.matryoshka import remark
 
-    with Device.create(home, release, trusted_key=trust) as device:
+    with Device.create(home, release, trusted_key=trust, dimension=dimension) as device:
         typer.echo(f"{device.identity.name} is ready; it trusts key {device.identity.trusted_key}")
+        opened = device.release
+        if said := remark(device.store.dimension, opened.dimension, opened.matryoshka_dimensions):
+            typer.echo(said, err=True)
     if trust is None:
         typer.echo("The release brought that key: compare it with the one its operator published.")
     typer.echo(f"Next: stillroom index add PATH... {_home_option(home)}")
@@ -201,6 +215,27 @@ def status(home: Home, as_json: AsJson = False) -> None:
         "feedback": f"{held['feedback']:,} opened results",
     }.items():
         typer.echo(f"{label:10} {value}")
+
+
+def doctor(
+    home: Home,
+    goal: Annotated[float, typer.Option(min=0, max=1, help="Recall@10 to hold, against exact search.")] = 0.97,
+    as_json: AsJson = False,
+) -> None:
+    """Check an index: recall against exact search on your own queries, speed, size, integrity; say what to change."""
+    from stillroom_client.device import Device
+    from stillroom_client.doctor import examine
+    from stillroom_client.show_doctor import report_lines, to_json
+
+    with Device.open(home) as device:
+        found = examine(device, goal=goal)
+    if as_json:
+        _print_json(to_json(found))
+    else:
+        for line in report_lines(found):
+            typer.echo(line)
+    if not found.well:
+        raise typer.Exit(1)
 
 
 def opened(

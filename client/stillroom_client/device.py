@@ -17,12 +17,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from stillroom_client.analysis import clean
+from stillroom_client.cache import AnswerCache, CacheLimits
 from stillroom_client.catalog import Catalog, Embedded
-from stillroom_client.derived import Current, Indexes, Replacing, State
-from stillroom_client.described import fields
+from stillroom_client.derived import Indexes, Replacing, State
 from stillroom_client.encoder import Encoder
-from stillroom_client.filters import Condition, compile_filter
 from stillroom_client.home import (
     STORE_NAME,
     Identity,
@@ -32,12 +30,15 @@ from stillroom_client.home import (
     replace_adapter,
 )
 from stillroom_client.index_plan import IndexSettings
-from stillroom_client.ranking import Hit, Mode, ranking
+from stillroom_client.matryoshka import chosen_dimension, prefix
+from stillroom_client.ranking import Hit, Mode
+from stillroom_client.rerank import Reranker
+from stillroom_client.searching import search
 from stillroom_client.store import Change, Feedback, InUse, Store, TowerChangedError
 from stillroom_client.upgrade import Upgraded, drop_replaced, upgrade
 from stillroom_shared.closing import Closing
 from stillroom_shared.corpus import Passage
-from stillroom_shared.errors import ReleaseError, SettingsError
+from stillroom_shared.errors import ReleaseError
 from stillroom_shared.release import Release, SealedAdapter, open_release
 
 
@@ -62,25 +63,37 @@ class Status:
 class Device(Closing):
     """An open home; `Device.create` makes one, `Device.open` opens one, and both serve as context managers.
 
-    Methods that take or return vectors use float32 rows of norm 1, (n, dim).
+    Methods that take or return vectors use float32 rows of norm 1, (n, dim), dim being that of the index; they cut those that
+    have the release's full length (`matryoshka.py`).
     """
 
-    def __init__(self, home: Path, identity: Identity, store: Store, *, threads: int) -> None:
+    def __init__(
+        self, home: Path, identity: Identity, store: Store, *, threads: int, cache: CacheLimits | None = None
+    ) -> None:
         self.home = home
         self.identity = identity
         self.store = store
         self.catalog = Catalog(store)
         self.threads = threads
         self._indexes = Indexes(home, store)
+        self.cache = AnswerCache(cache or CacheLimits())
         self._in_use = self._stored_in_use()
         self._release: Release | None = None
         self._encoder: Encoder | None = None
         self._adapter_folder: str | None = None
+        self._reranker: Reranker | None = None
         self._lock = threading.RLock()
 
     @classmethod
     def create(
-        cls, home: Path, release: Path | Release, *, trusted_key: str | None = None, link: bool = False, name: str = ""
+        cls,
+        home: Path,
+        release: Path | Release,
+        *,
+        trusted_key: str | None = None,
+        link: bool = False,
+        name: str = "",
+        dimension: int | None = None,
     ) -> Device:
         """Make an empty device in a new folder and open it.
 
@@ -90,6 +103,7 @@ class Device(Closing):
             trusted_key: the operator's public key. Without it the key that signed this release is trusted from now on.
             link: point to the release instead of copying it; for simulations.
             name: of the device; the folder's own name by default.
+            dimension: of its index, at most the release's, which is the default (`matryoshka.py`).
 
         Raises:
             DataError: `home` exists and is not empty.
@@ -101,18 +115,22 @@ class Device(Closing):
                 f"release {source.id} is signed by key {source.manifest.public_key}, but the trusted key is "
                 f"{trusted_key}: name a release of the trusted operator"
             )
-        create_home(home, source, link=link, name=name or home.resolve().name)
+        length = chosen_dimension(dimension, source.dimension)
+        create_home(home, source, link=link, name=name or home.resolve().name, dimension=length)
         return cls.open(home)
 
     @classmethod
-    def open(cls, home: Path, *, threads: int = 1, release: Release | None = None) -> Device:
+    def open(
+        cls, home: Path, *, threads: int = 1, release: Release | None = None, cache: CacheLimits | None = None
+    ) -> Device:
         """Open a home; `DataError` when this is no home of a device.
 
         Args:
             threads: for the encoder.
             release: the one this home links to, verified before, so that a thousand simulated devices verify it once.
+            cache: how many answers are kept to be served again (`cache.py`); `CacheLimits(entries=0)` keeps none.
         """
-        device = cls(home, Identity.load(home), Store(home / STORE_NAME), threads=threads)
+        device = cls(home, Identity.load(home), Store(home / STORE_NAME), threads=threads, cache=cache)
         if release is not None:
             trusted = release.manifest.public_key == device.identity.trusted_key
             if not trusted or release.folder != (home / device._in_use.folder).resolve():
@@ -149,7 +167,7 @@ class Device(Closing):
         now = self._stored_in_use()
         with self._lock:
             if now != self._in_use:
-                self._in_use, self._release, self._encoder = now, None, None
+                self._in_use, self._release, self._encoder, self._reranker = now, None, None, None
             elif self._encoder is not None and adapter_folder(self.home, now.folder) != self._adapter_folder:
                 self._adapt(self._encoder)
         return now
@@ -191,6 +209,28 @@ class Device(Closing):
                 self._encoder = encoder
             return self._encoder
 
+    @property
+    def reranker(self) -> Reranker:
+        """The release's cross-encoder, loaded on first use; `ReleaseError` if it brings none."""
+        with self._lock:
+            if self._reranker is None:
+                self._reranker = Reranker(self.release, threads=self.threads)
+            return self._reranker
+
+    @property
+    def indexes(self) -> Indexes:
+        """The derived files, for the modules that look after them."""
+        return self._indexes
+
+    def towers(self, *, dense: bool) -> tuple[InUse, Encoder | None]:
+        """The release in use now, and its encoder where vectors are needed."""
+        with self._lock:
+            return self._follow(), self.encoder if dense else None
+
+    def still(self, in_use: InUse) -> bool:
+        """Inside a transaction: whether the index is of the towers that were asked for before it."""
+        return self._stored_in_use() == in_use
+
     def add(self, passages: Iterable[Passage], vectors: NDArray[np.float32] | None = None) -> Change:
         """Add or replace passages as one generation; one that is stored already is neither embedded nor touched.
 
@@ -199,7 +239,7 @@ class Device(Closing):
         """
         wanted = list(passages)
         if vectors is not None:
-            return self.store.put(wanted, vectors, tower=self._in_use.tower)
+            return self.store.put(wanted, self.shortened(vectors), tower=self._in_use.tower)
         if not (fresh := self.store.changed(wanted)):
             return Change(0, 0, len(wanted))
         while True:
@@ -212,7 +252,16 @@ class Device(Closing):
         """The vectors of passages (n, dim), by the document tower of the release in use."""
         with self._lock:
             tower, encoder = self._follow().tower, self.encoder
-        return Embedded(encoder.encode_documents([passage.full_text for passage in passages]), tower)
+        vectors = encoder.encode_documents([passage.full_text for passage in passages])
+        return Embedded(self.shortened(vectors), tower)
+
+    def embed_queries(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """The vectors of queries (n, dim), by the release's query tower with the adapter in use."""
+        return self.shortened(self.encoder.encode_queries(texts))
+
+    def shortened(self, vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Vectors of the release (n, full) as this index has them (n, dim)."""
+        return prefix(vectors, self.store.dimension, full=self.store.full_dimension)
 
     def remove(self, ids: Iterable[str]) -> int:
         """Remove passages with their vectors and feedback; how many there were."""
@@ -222,44 +271,32 @@ class Device(Closing):
         """Whether a passage of this id is stored."""
         return self.store.has(passage_id)
 
-    def search(self, text: str, k: int = 10, *, mode: Mode = "hybrid", where: str | None = None) -> list[Hit]:
+    def search(
+        self,
+        text: str,
+        k: int = 10,
+        *,
+        mode: Mode = "hybrid",
+        where: str | None = None,
+        rerank: int = 0,
+        cached: bool = True,
+    ) -> list[Hit]:
         """The k best passages for a plain text, best first; fewer when there are fewer.
 
         Args:
             mode: by vectors ("dense"), by words ("bm25", of passages that have one of them; needs no release), or by both.
             where: only passages that fulfil this filter (`filters.py`), `FilterError` when it cannot be read.
+            rerank: read so many of the best again, at least k, with the release's reranker, and order by what it says
+                (`rerank.py`); `ReleaseError` if it brings none. 20 is usual; 0 for none.
+            cached: take the answer to the same or a like query (`cache.py`), and keep this one. False: neither.
         """
-        if k < 1:
-            raise SettingsError(f"k = {k} is out of range: ask for at least 1 result")
-        text = clean(text)
-        condition = None if where is None else compile_filter(where, fields(self.store))
-        while True:
-            with self._lock:
-                in_use, encoder = self._follow(), None if mode == "bm25" else self.encoder
-            vectors = None if encoder is None else encoder.encode_queries([text])
-            with self._indexes.current(dense=mode != "bm25", text=mode != "dense") as current:
-                if encoder is None or self._stored_in_use() == in_use:
-                    return self._ranked(current, mode, text, vectors, k, condition)
-
-    def _ranked(
-        self,
-        current: Current,
-        mode: Mode,
-        text: str,
-        vectors: NDArray[np.float32] | None,
-        k: int,
-        condition: Condition | None,
-    ) -> list[Hit]:
-        rows = None if condition is None else self._indexes.selected(condition, current.generation)
-        found = ranking(current, mode, text, vectors, k, rows)
-        stored = self.catalog.found(fused.row for fused in found)
-        return [Hit.of(rank, fused, stored[fused.row]) for rank, fused in enumerate(found, start=1)]
+        return search(self, text, k, mode=mode, where=where, rerank=rerank, cached=cached)
 
     def search_many(self, vectors: NDArray[np.float32], k: int = 10) -> list[list[str]]:
         """Passage ids for each of many query vectors (n, dim), best first: what evaluation needs."""
         with self._indexes.vectors() as index:
             self._refuse_another_release()
-            _, rows = index.search(vectors, k)
+            _, rows = index.search(self.shortened(vectors), k)
             names = self.store.names(np.unique(rows))
         return [[names[row] for row in own] for own in rows.tolist()]
 
@@ -270,7 +307,7 @@ class Device(Closing):
         """
         with self._indexes.vectors() as index:
             self._refuse_another_release()
-            _, rows = index.search(vectors, k)  # (n, m)
+            _, rows = index.search(self.shortened(vectors), k)  # (n, m)
             known, stored = self.store.vectors(np.unique(rows))
             names = self.store.names(known)
         return [[names[row] for row in own] for own in rows.tolist()], stored[np.searchsorted(known, rows)]

@@ -10,6 +10,7 @@ alone.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -26,6 +27,7 @@ from stillroom_shared.release import ADAPTER_INPUT, Precision, Release, SealedAd
 
 Vectors = NDArray[np.float32]
 _OUTPUT = "last_hidden_state"
+_STATES = itertools.count(1)
 
 
 class Encoder:
@@ -36,6 +38,9 @@ class Encoder:
         precision: "int8" or "float32".
         threads: texts that are encoded at the same time, each on one core.
         adapter: applied from the start; None for the release's own.
+
+    `state` is a number that no other encoder of this process has, and another one after each `adopt`: read before a query is
+    encoded, it tells whether two vectors came from the same towers.
     """
 
     def __init__(
@@ -79,6 +84,7 @@ class Encoder:
         # One assignment, so that a query sees the old adapter or the new one, never a mixture. A copy, because the
         # caller's array may change.
         self._adapter = {ADAPTER_INPUT + name: matrix.copy() for name, matrix in matrices.items()}
+        self.state = next(_STATES)
 
     def encode_queries(self, texts: Iterable[str]) -> Vectors:
         """Query vectors, (texts, dimension), in the given order, L2-normalized."""

@@ -63,7 +63,7 @@ class Identity(BaseModel):
             raise DataError(f"{path} cannot be read ({error}): restore it, or create the device again") from error
 
 
-def create_home(home: Path, release: Release, *, link: bool, name: str) -> None:
+def create_home(home: Path, release: Release, *, link: bool, name: str, dimension: int) -> None:
     """Fill a new home; see `Device.create`."""
     if home.exists() and not (home.is_dir() and not any(home.iterdir())):
         raise DataError(f"{home} exists and is not empty: choose another home, or remove it first")
@@ -75,7 +75,7 @@ def create_home(home: Path, release: Release, *, link: bool, name: str) -> None:
         else:
             shutil.copytree(release.folder, partial / RELEASE_NAME, copy_function=shutil.copyfile)
             open_release(partial / RELEASE_NAME, trusted_key=key)  # what is used later is the copy
-        Store.create(partial / STORE_NAME, dimension=release.dimension)
+        Store.create(partial / STORE_NAME, dimension=dimension, full_dimension=release.dimension)
         identity = Identity(name=name, trusted_key=key, document_tower_hash=release.document_tower_hash)
         (partial / IDENTITY_NAME).write_text(identity.model_dump_json(indent=1) + "\n")
 

@@ -28,7 +28,8 @@ class Hit:
     `score` orders the hits: the cosine of the two vectors ("dense"), BM25 ("bm25"), or reciprocal rank fusion, where 1 is
     first in both lists ("hybrid"). `dense_rank` and `bm25_rank` are None where that list was not read or does not have it.
     `document` is the path of the document that it stands in, "" for one that was added alone; `position` says where, and
-    `metadata` is what filters see (`documents.py`).
+    `metadata` is what filters see (`documents.py`). `cached` is the earlier query whose answer this is (`cache.py`), None where
+    it was found now; hits that differ in nothing else are equal.
     """
 
     rank: int
@@ -42,6 +43,7 @@ class Hit:
     document: str = ""
     position: Position = NOWHERE
     metadata: Metadata = field(default_factory=dict)
+    cached: str | None = field(default=None, compare=False)
 
     @classmethod
     def of(cls, rank: int, fused: Fused, found: Found) -> Hit:

@@ -5,6 +5,8 @@ Importing it loads neither torch nor transformers nor flwr, and takes under a se
 
 from __future__ import annotations
 
+from stillroom_client.cache import CacheCounts as CacheCounts
+from stillroom_client.cache import CacheLimits as CacheLimits
 from stillroom_client.device import Device as Device
 from stillroom_client.device import Status as Status
 from stillroom_client.encoder import Encoder as Encoder

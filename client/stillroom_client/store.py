@@ -103,6 +103,8 @@ class Store(Closing):
             for pragma in ("synchronous=FULL", "foreign_keys=ON", "secure_delete=ON", "temp_store=MEMORY"):
                 self.query(f"PRAGMA {pragma}")
             version, self.dimension = int(self._meta("schema")), int(self._meta("dimension"))
+            cut = self.query("SELECT value FROM meta WHERE key = 'full_dimension'")
+            self._cut_from = int(cut[0][0]) if cut else None
             if version > schema.VERSION:
                 raise DataError(
                     f"{path} has schema {version}, this Stillroom reads {schema.VERSION}: upgrade Stillroom"
@@ -115,8 +117,12 @@ class Store(Closing):
             raise
 
     @classmethod
-    def create(cls, path: Path, *, dimension: int) -> None:
-        """Make an empty store for vectors of this dimension, readable by its owner only."""
+    def create(cls, path: Path, *, dimension: int, full_dimension: int | None = None) -> None:
+        """Make an empty store for vectors of this dimension, readable by its owner only.
+
+        Args:
+            full_dimension: of the vectors that those in the store are cut from (`matryoshka.py`), where they are.
+        """
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
         db = _connect(path)
         try:
@@ -124,6 +130,8 @@ class Store(Closing):
             db.execute("PRAGMA synchronous=OFF")
             db.execute("PRAGMA journal_mode=WAL")
             meta = {"dimension": dimension, "generation": 0, "stamp": secrets.token_hex(16)}
+            if full_dimension not in (None, dimension):
+                meta["full_dimension"] = full_dimension
             db.execute("BEGIN")
             db.execute("CREATE TABLE meta (key TEXT PRIMARY KEY, value NOT NULL) WITHOUT ROWID")
             db.executemany("INSERT INTO meta VALUES (?, ?)", meta.items())
@@ -131,6 +139,11 @@ class Store(Closing):
             db.execute("COMMIT")
         finally:
             db.close()
+
+    @property
+    def full_dimension(self) -> int:
+        """Of the vectors that those here are cut from; their own where they are whole."""
+        return self._cut_from or self.dimension
 
     @contextmanager
     def reading(self) -> Iterator[Generation]:

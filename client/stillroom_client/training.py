@@ -49,7 +49,7 @@ class Record:
 
     Attributes:
         tokens: token ids of the query, at most the release's `query_tokens`.
-        candidates: (candidates, dim) float16 unit vectors; row 0 is the relevant passage.
+        candidates: (candidates, dim) float16 unit vectors; row 0 is the relevant passage. dim is that of the device's index.
     """
 
     tokens: tuple[int, ...]
@@ -105,7 +105,7 @@ class Trainer:
         a simulation; a device uses `stillroom_client.private_training`.
         """
         found = np.zeros((len(records), self.spec.size), np.float32)
-        order = sorted(range(len(records)), key=lambda row: (len(records[row].candidates), len(records[row].tokens)))
+        order = sorted(range(len(records)), key=lambda row: (records[row].candidates.shape, len(records[row].tokens)))
         for block in _blocks([(row, records[row]) for row in order]):
             rows = [row for row, _ in block]
             found[rows] = self._gradients_of(values[rows], [record for _, record in block], temperature)
@@ -151,7 +151,7 @@ class Trainer:
     def _losses(self, records: Sequence[Sequence[Record]], temperature: float) -> Iterator[Tensor]:
         """Loss of each block of rows; together the sum over devices of the mean over each device's records."""
         rows = [(device, record) for device, own in enumerate(records) for record in own]
-        rows.sort(key=lambda row: (len(row[1].candidates), len(row[1].tokens)))
+        rows.sort(key=lambda row: (row[1].candidates.shape, len(row[1].tokens)))
         for block in _blocks(rows):
             owners = torch.tensor([device for device, _ in block])
             weights = torch.tensor([1.0 / len(records[device]) for device, _ in block])
@@ -189,19 +189,24 @@ def query_vectors(tower: nn.Module, tokens: Sequence[Sequence[int]], *, autocast
 
 
 def record_losses(vectors: Tensor, records: Sequence[Record], temperature: float) -> Tensor:
-    """Softmax cross-entropy of each record over its own candidates, (rows,); as many candidates in every record."""
+    """Softmax cross-entropy of each record over its own candidates, (rows,); as many candidates in every record.
+
+    Candidates of a short index (`matryoshka.py`) are compared with the query's vector cut in the same way.
+    """
     candidates = torch.from_numpy(np.stack([record.candidates for record in records])).float()
+    if (short := candidates.shape[-1]) < vectors.shape[-1]:
+        vectors = functional.normalize(vectors[:, :short], dim=-1)
     scores = torch.einsum("rd,rcd->rc", vectors, candidates) / temperature  # (rows, candidates)
     relevant = torch.zeros(len(records), dtype=torch.int64)
     return functional.cross_entropy(scores, relevant, reduction="none")
 
 
 def _blocks(rows: list[tuple[int, Record]]) -> Iterator[list[tuple[int, Record]]]:
-    """Runs of at most `_ROWS` rows with equally many candidates, so that they stack without padding."""
+    """Runs of at most `_ROWS` rows with candidates of one shape, so that they stack without padding."""
     start = 0
     for end in range(1, len(rows) + 1):
         full = end - start == _ROWS
-        if end == len(rows) or full or len(rows[end][1].candidates) != len(rows[start][1].candidates):
+        if end == len(rows) or full or rows[end][1].candidates.shape != rows[start][1].candidates.shape:
             yield rows[start:end]
             start = end
 

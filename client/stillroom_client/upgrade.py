@@ -67,6 +67,12 @@ def upgrade(device: Device, folder: Path, *, report: Report = lambda done, total
     release = open_release(folder, trusted_key=device.identity.trusted_key)
     if release.id == device.release.id:
         return Upgraded(release.id, 0, 0)
+    shortened = device.store.dimension != device.store.full_dimension
+    if shortened and release.document_tower_hash != device.release.document_tower_hash:
+        raise ReleaseError(
+            f"the vectors of {device.home} are shortened to {device.store.dimension}, and release {release.id} has another "
+            "document tower: make a new home with it (`stillroom index create --dimension`) and add the documents there"
+        )
     name = _bring(device.home, release, device.release)
     release = open_release(
         device.home / name, trusted_key=device.identity.trusted_key
@@ -103,7 +109,8 @@ def _bring(home: Path, release: Release, present: Release) -> str:
 
 
 def _name(store: Store, name: str, release: Release) -> None:
-    pairs = {"release": name, "tower": release.document_tower_hash, "dimension": release.dimension}
+    length = release.dimension if store.dimension == store.full_dimension else store.dimension  # of the same tower
+    pairs = {"release": name, "tower": release.document_tower_hash, "dimension": length}
     store.execute_many("INSERT OR REPLACE INTO meta VALUES (?, ?)", pairs.items())
 
 

@@ -58,7 +58,7 @@ def export(tower: BertModel, path: Path, adapter: Adapter | None = None) -> None
     # Any values of rank 2 would do, but sizes 0 and 1 would be taken for constants, and one tensor given three times
     # would be traced as one input: the tower would look up token types as tokens.
     ids = [torch.ones(2, 3, dtype=torch.int64) for _ in INPUTS]
-    with _quiet():
+    with quiet():
         program = torch.onnx.export(
             _Traced(model, adapter.spec.names if adapter else ()).eval(),
             (*ids, [torch.from_numpy(value) for value in matrices.values()]),
@@ -86,7 +86,7 @@ def quantize(source: Path, target: Path, *, blockwise: bool) -> None:
             inputs have the largest outliers and cause more than half of the loss; blocks cost a quarter of the speed.
     """
     model = onnx.load(source)
-    with _quiet():
+    with quiet():
         if blockwise:
             last = _last_products(model.graph)
             others = [node.name for node in model.graph.node if node.name not in last]
@@ -142,7 +142,12 @@ def _with_defaults(model: onnx.ModelProto, matrices: dict[str, NDArray[np.float3
         graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(value), name))
     for entry in [entry for entry in graph.input if entry.name.startswith(_FROZEN)]:
         graph.input.remove(entry)
-    # The exporter notes the source lines of the machine that exported; they are nobody's business and change the hash.
+    return bare(model)
+
+
+def bare(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Without the source lines of the machine that exported: they are nobody's business and change the hash."""
+    graph = model.graph
     model.doc_string = graph.doc_string = ""
     for part in (model, graph, *graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
         del part.metadata_props[:]
@@ -196,7 +201,7 @@ def _with_int8_embeddings(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence advice of the exporter and the quantizer that an operator can do nothing about."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "root")]
     levels = [logger.level for logger in loggers]

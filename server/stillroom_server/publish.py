@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,8 @@ def publish_release(
     privacy_statement: Mapping[str, Any] | None,
     query_tokens: int = 32,
     document_tokens: int = 256,
+    matryoshka_dimensions: Sequence[int] = (),
+    extras: Callable[[Path], object] | None = None,
 ) -> Release:
     """Write, seal and verify a release.
 
@@ -53,6 +55,9 @@ def publish_release(
         parent: id of the release this one was trained from.
         adapter_round: federated rounds that led to `adapter`.
         privacy_statement: the statement's fields, JSON values only.
+        matryoshka_dimensions: shorter lengths that both towers were trained for, ascending.
+        extras: writes what else the release brings into its folder before it is sealed, such as a reranker
+            (`stillroom_server.rerankers.export_reranker`).
 
     Raises:
         ReleaseError: the folder exists, the towers do not fit each other, or a field is out of range.
@@ -66,8 +71,11 @@ def publish_release(
             shutil.copytree(document_tower.folder / DOCUMENT_FOLDER, partial / DOCUMENT_FOLDER)
         else:
             _write_tower(partial / DOCUMENT_FOLDER, document_tower, tokenizer, document_tokens, None, blockwise=True)
+        if extras is not None:
+            extras(partial)
         fields = {
             "dimension": query_tower.config.hidden_size,
+            "matryoshka_dimensions": tuple(matryoshka_dimensions),
             "query_tokens": query_tokens,
             "document_tokens": document_tokens,
             "parent": parent,

@@ -2,7 +2,8 @@
 
 A release is a folder that is a Sentence Transformers model: the query tower at its root, the document tower in
 `document/`, ONNX files where that library's `backend="onnx"` looks for them, and the manifest that seals it (see
-`sealed.py`).
+`sealed.py`). It may bring a cross-encoder in `reranker/`, which the manifest's table of files covers and no field of it names:
+versions before rerankers verify such a release and leave that folder unused.
 
 In the query tower's ONNX files the matrices `B` of the adapter are overridable initializers: graph inputs with a
 default value, named `adapter.layer.0.query` and so on. A plain loader ignores them; a device feeds another adapter at
@@ -17,7 +18,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import Field, JsonValue, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from stillroom_shared.adapter import Adapter, AdapterSpec
 from stillroom_shared.errors import ReleaseError
@@ -43,7 +52,22 @@ ONNX_FILES: Mapping[Precision, str] = {
 DOCUMENT_FOLDER = "document"
 TOKENIZER_NAME = "tokenizer.json"
 ADAPTER_NAME = "adapter.safetensors"
+RERANKER_FOLDER = "reranker"
+RERANKER_SETTINGS = "reranker.json"
 ADAPTER_INPUT = "adapter."  # prefix of the overridable initializers' names
+
+
+class RerankerSettings(BaseModel):
+    """Content of `reranker/reranker.json`.
+
+    Attributes:
+        tokens: of a query and a passage together that are read, special tokens included.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    schema_version: Literal[1] = 1
+    tokens: int = Field(ge=8)
 
 
 class Manifest(SealedManifest):
@@ -86,6 +110,13 @@ class Manifest(SealedManifest):
                 raise ValueError(f"the hash of the tower in {folder or 'the root'!r} does not follow from its files")
         if self.files[TOKENIZER_NAME] != self.files[f"{DOCUMENT_FOLDER}/{TOKENIZER_NAME}"]:
             raise ValueError("the two towers have different tokenizers; one must serve both")
+        needed = [f"{RERANKER_FOLDER}/{name}" for name in (ONNX_FILES["int8"], TOKENIZER_NAME, RERANKER_SETTINGS)]
+        missing = [name for name in needed if name not in self.files]
+        if missing and any(name.startswith(f"{RERANKER_FOLDER}/") for name in self.files):
+            raise ValueError(f"the release has a reranker without {missing[0]}")
+        lengths = list(self.matryoshka_dimensions)
+        if lengths != sorted(set(lengths)) or not all(0 < length < self.dimension for length in lengths):
+            raise ValueError(f"matryoshka_dimensions {lengths}: ascending lengths below {self.dimension} are wanted")
         return self
 
 
@@ -117,6 +148,11 @@ class Release:
         return self.manifest.dimension
 
     @property
+    def matryoshka_dimensions(self) -> tuple[int, ...]:
+        """Shorter lengths at which vectors may be compared; none if it was not trained for any."""
+        return self.manifest.matryoshka_dimensions
+
+    @property
     def query_tokens(self) -> int:
         """Tokens of a query that are read."""
         return self.manifest.query_tokens
@@ -138,6 +174,11 @@ class Release:
     def document_onnx(self, precision: Precision) -> Path:
         """The document tower's ONNX file."""
         return self.folder / DOCUMENT_FOLDER / ONNX_FILES[precision]
+
+    @property
+    def has_reranker(self) -> bool:
+        """Whether it brings a cross-encoder that reads the best results again."""
+        return f"{RERANKER_FOLDER}/{RERANKER_SETTINGS}" in self.manifest.files
 
     def read(self, path: Path) -> bytes:
         """Content of one of this release's files, verified again as it is read."""

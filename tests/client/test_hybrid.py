@@ -148,7 +148,7 @@ def test_training_records_know_no_words_and_no_filters(
         for owner, name in ((TextIndex, "search"), (TextIndex, "load"), (Indexes, "selected")):
             monkeypatch.setattr(owner, name, never)
         monkeypatch.setattr("stillroom_client.derived.select", never)
-        monkeypatch.setattr("stillroom_client.device.ranking", never)
+        monkeypatch.setattr("stillroom_client.searching.ranking", never)
         after = mine_records(device, encoder, candidates=4)
         assert len(before) == 2
         for one, other in zip(before, after, strict=True):

@@ -1,0 +1,65 @@
+"""One search from the text to the hits: cache, query tower, indexes, fusion, reranker, cache.
+
+What is handed out belongs to one generation of the store and one state of the towers; a search that a new document or adapter
+overtakes is one of before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from stillroom_client.analysis import clean
+from stillroom_client.cache import Question
+from stillroom_client.described import fields
+from stillroom_client.documents import Found
+from stillroom_client.filters import compile_filter
+from stillroom_client.fusion import Fused
+from stillroom_client.ranking import Hit, Mode, ranking
+from stillroom_client.rerank import Reranker, reranked
+from stillroom_shared.errors import SettingsError
+
+if TYPE_CHECKING:
+    from stillroom_client.device import Device
+
+
+def search(device: Device, text: str, k: int, *, mode: Mode, where: str | None, rerank: int, cached: bool) -> list[Hit]:
+    """See `Device.search`."""
+    if k < 1:
+        raise SettingsError(f"k = {k} is out of range: ask for at least 1 result")
+    if rerank < 0:
+        raise SettingsError(f"rerank = {rerank} is out of range: ask for 0 or more results to be read again")
+    text, store = clean(text), device.store
+    condition = None if where is None else compile_filter(where, fields(store))
+    while True:
+        in_use, encoder = device.towers(dense=mode != "bm25")
+        reranker = device.reranker if rerank else None
+        with store.reading() as generation:
+            # What encodes is noted before it does: an answer that a new adapter overtakes is then one of the old.
+            question = Question(generation, k, mode, condition, encoder.state if encoder else 0, rerank)
+        if cached and (known := device.cache.same(question, text)) is not None:
+            return known
+        vectors = device.shortened(encoder.encode_queries([text])) if encoder else None
+        vector = None if vectors is None else vectors[0]
+        if cached and (known := device.cache.near(question, text, vector)) is not None:
+            return known
+        with device.indexes.current(dense=mode != "bm25", text=mode != "dense") as current:
+            if encoder is not None and not device.still(in_use):
+                continue  # another release was put in use meanwhile: its index needs its own vector
+            rows = None if condition is None else device.indexes.selected(condition, current.generation)
+            found = ranking(current, mode, text, vectors, max(k, rerank), rows)
+            stored = device.catalog.found(fused.row for fused in found)
+        break
+    if reranker is not None:  # outside the transaction: other threads search meanwhile
+        found = _read_again(reranker, text, found, [stored[fused.row] for fused in found])
+    hits = [Hit.of(rank, fused, stored[fused.row]) for rank, fused in enumerate(found[:k], start=1)]
+    if cached:
+        device.cache.keep(replace(question, generation=current.generation), text, vector, hits)
+    return hits
+
+
+def _read_again(reranker: Reranker, text: str, found: Sequence[Fused], stored: Sequence[Found]) -> list[Fused]:
+    """The same rows by the reranker's scores."""
+    scores = reranker.scores(text, [one.passage.full_text for one in stored])
+    return [replace(found[place], score=float(scores[place])) for place in reranked(scores)]
