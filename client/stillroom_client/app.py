@@ -23,7 +23,8 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from numpy.typing import NDArray
 
-from stillroom_client.participation import refuse, take_part
+from stillroom_client.participation import refuse, require_joined, take_part
+from stillroom_client.sent import note_sent
 from stillroom_shared.adapter import Adapter, AdapterSpec
 from stillroom_shared.errors import ProtocolError
 from stillroom_shared.local_mechanism import noise_alone
@@ -198,7 +199,7 @@ def _answer(
         made: the answer, from the device's home, once this participation is on its ledger.
         otherwise: the answer of a device that declines or fails, whatever the reason.
     """
-    receipt = None
+    home, receipt, own = None, None, False
     try:
         home = _home(context)
         try:
@@ -208,10 +209,21 @@ def _answer(
             receipt = refuse(home, order, error)
             raise
         answer = made(home)
+        require_joined(home)  # who left while this was made takes nothing more part
+        own = True
     except Exception:  # whatever went wrong stays here: an error report would be a release nobody accounted for
         _log.exception("round %d, attempt %d: this device answers as one that has nothing", order.round, order.attempt)
         answer = otherwise()
-    return update_message(answer, receipt.model_dump_json() if receipt else None)
+    content = update_message(answer, receipt.model_dump_json() if receipt else None)
+    if home is not None:
+        note_sent(home, order, size=_size(content), own=own)
+    return content
+
+
+def _size(content: RecordDict) -> int:
+    """Bytes of an answer: its vector as it is serialized, and the receipt."""
+    arrays = sum(len(array.data) for record in content.array_records.values() for array in record.values())
+    return arrays + sum(len(str(v).encode()) for record in content.config_records.values() for v in record.values())
 
 
 def nothing(mechanism: Mechanism, order: RoundOrder) -> Update:

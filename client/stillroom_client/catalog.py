@@ -96,6 +96,15 @@ class Catalog:
         """The passages of a document in its order."""
         return sorted(self._found("d.path = ?", path).values(), key=lambda found: found.position.place)
 
+    def around(self, passage_id: str, reach: int) -> list[Found]:
+        """A passage with at most `reach` neighbours on each side in its document, in order; empty if it is not stored."""
+        rows = self._store.query(
+            "SELECT n.row FROM passages p JOIN passages n ON n.row = p.row OR "
+            "(n.document = p.document AND n.place BETWEEN p.place - ?2 AND p.place + ?2) WHERE p.id = ?1",
+            (passage_id, reach),
+        )
+        return sorted(self.found(row for (row,) in rows).values(), key=lambda found: found.position.place)
+
     def lacking(self, passages: Sequence[Passage]) -> list[Passage]:
         """Those of which no vector is known, under any id: the ones to embed and `stage` before `put`.
 

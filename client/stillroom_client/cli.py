@@ -17,6 +17,7 @@ import typer
 
 from stillroom_client.index_cli import compact, tune, upgrade
 from stillroom_client.options import AsJson, Home
+from stillroom_client.serve_cli import serve
 
 
 class SearchMode(StrEnum):
@@ -44,6 +45,7 @@ def register(app: typer.Typer) -> None:
     feedback.command()(erase)
     app.add_typer(feedback)
     app.command()(budget)
+    app.command()(serve)
 
 
 def search(

@@ -280,6 +280,7 @@ class Device(Closing):
         where: str | None = None,
         rerank: int = 0,
         cached: bool = True,
+        adapted: bool = True,
     ) -> list[Hit]:
         """The k best passages for a plain text, best first; fewer when there are fewer.
 
@@ -289,8 +290,10 @@ class Device(Closing):
             rerank: read so many of the best again, at least k, with the release's reranker, and order by what it says
                 (`rerank.py`); `ReleaseError` if it brings none. 20 is usual; 0 for none.
             cached: take the answer to the same or a like query (`cache.py`), and keep this one. False: neither.
+            adapted: False searches with the release alone, to see what the adapter changes; such an answer is never cached.
         """
-        return search(self, text, k, mode=mode, where=where, rerank=rerank, cached=cached)
+        cached = cached and adapted
+        return search(self, text, k, mode=mode, where=where, rerank=rerank, cached=cached, adapted=adapted)
 
     def search_many(self, vectors: NDArray[np.float32], k: int = 10) -> list[list[str]]:
         """Passage ids for each of many query vectors (n, dim), best first: what evaluation needs."""
@@ -328,9 +331,9 @@ class Device(Closing):
         """What was opened, (query, passage id), each pair once, latest last."""
         return self.store.feedback()
 
-    def erase_feedback(self) -> int:
-        """Forget what was opened, on the disk too; how many pairs there were."""
-        return self.store.erase_feedback()
+    def erase_feedback(self, opened: Feedback | None = None) -> int:
+        """Forget what was opened, all of it or one pair, on the disk too; how many pairs there were."""
+        return self.store.erase_feedback(opened)
 
     def adopt(self, folder: Path) -> SealedAdapter:
         """Verify a published adapter and search with it from now on, also after a restart.

@@ -90,6 +90,10 @@ class Encoder:
         """Query vectors, (texts, dimension), in the given order, L2-normalized."""
         return self._encode(self._queries, texts, self._adapter)
 
+    def encode_queries_unadapted(self, texts: Iterable[str]) -> Vectors:
+        """The same by the release alone, whichever adapter is in use."""
+        return self._encode(self._queries, texts, {})
+
     def tokenize_queries(self, texts: Iterable[str]) -> list[tuple[int, ...]]:
         """Token ids as the query tower reads them, special tokens included: what training needs of a query."""
         return [self._queries.tokens(text) for text in texts]

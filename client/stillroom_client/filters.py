@@ -45,7 +45,11 @@ _KEYWORDS = ("and", "or", "not", "in")
 
 
 class FilterError(SettingsError):
-    """A filter that cannot be read; the message shows where."""
+    """A filter that cannot be read; the message shows where, and `place` counts the characters before it."""
+
+    def __init__(self, message: str, place: int | None = None) -> None:
+        super().__init__(message)
+        self.place = place
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +203,7 @@ class _Parser:
                 f"a quote {quote} is never closed" if quote in "'\"" else f"{quote!r} has no meaning here: quote it"
             )
         before, after = _shown(self.text[: self.start]), _shown(self.text[self.start :])
-        raise FilterError(f"{found}{expected}\n  {before}{after}\n  {' ' * cell_len(before)}^")
+        raise FilterError(f"{found}{expected}\n  {before}{after}\n  {' ' * cell_len(before)}^", self.start)
 
 
 def _shown(text: str) -> str:

@@ -60,6 +60,7 @@ class Consent(BaseModel):
         participations: a cap that is fixed in advance.
         limit_epsilon: the most that all participations together may cost, un-amplified, at `limit_delta`; None for no limit
             besides the cap, and then rounds under `local` are declined.
+        takes_part: False once the owner left (`leaving.py`): every order is declined, whatever else stands here.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -70,6 +71,7 @@ class Consent(BaseModel):
     participations: int = Field(default=200, ge=0)
     limit_epsilon: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     limit_delta: float = Field(default=1e-5, gt=0, lt=1)
+    takes_part: bool = True
 
     @property
     def budget(self) -> Budget | None:
@@ -103,19 +105,26 @@ def set_limit(home: Path, epsilon: str, delta: float | None) -> Consent:
         SettingsError: it is no positive number, or the delta no probability.
     """
     Identity.load(home)  # a consent in a folder that is no device binds nobody
-    before = Consent.load(home)
-    try:
-        limits = {
-            "limit_epsilon": None if epsilon == "none" else float(epsilon),
-            "limit_delta": delta or before.limit_delta,
-        }
-        changed = Consent.model_validate(before.model_dump() | limits)
-    except ValueError as error:
-        raise SettingsError(
-            f"limit {epsilon} at delta {delta}: give a positive epsilon or `none`, and a delta in (0, 1)"
-        ) from error
-    changed.save(home)
+    with exclusive(home):  # who leaves meanwhile has left
+        before = Consent.load(home)
+        try:
+            limits = {
+                "limit_epsilon": None if epsilon == "none" else float(epsilon),
+                "limit_delta": delta or before.limit_delta,
+            }
+            changed = Consent.model_validate(before.model_dump() | limits)
+        except ValueError as error:
+            raise SettingsError(
+                f"limit {epsilon} at delta {delta}: give a positive epsilon or `none`, and a delta in (0, 1)"
+            ) from error
+        changed.save(home)
     return changed
+
+
+def require_joined(home: Path) -> None:
+    """`BudgetError` when the owner has left: asked before an order is followed, as it is charged, and before an answer goes."""
+    if not Consent.load(home).takes_part:
+        raise BudgetError(f"the owner has left: {home / CONSENT_FILE} says that this device takes part in no round")
 
 
 def take_part(home: Path, order: Order) -> Receipt | None:
@@ -132,6 +141,7 @@ def take_part(home: Path, order: Order) -> Receipt | None:
             or the coordinator's ledger went back in time.
     """
     consent = Consent.load(home)
+    require_joined(home)
     _require_agreed(consent, order, home)
     mechanism = order.build_mechanism()
     event = mechanism.participation_event()
@@ -149,6 +159,7 @@ def take_part(home: Path, order: Order) -> Receipt | None:
         purpose = turn.purpose()
 
     def allowed(joined: list[dict[str, Any]]) -> None:
+        require_joined(home)
         if purpose in joined:
             raise BudgetError(f"{purpose} was answered already: an attempt is never answered twice")
         if turn is not None:

@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from stillroom_client.device import Device
 
 
-def search(device: Device, text: str, k: int, *, mode: Mode, where: str | None, rerank: int, cached: bool) -> list[Hit]:
+def search(
+    device: Device, text: str, k: int, *, mode: Mode, where: str | None, rerank: int, cached: bool, adapted: bool
+) -> list[Hit]:
     """See `Device.search`."""
     if k < 1:
         raise SettingsError(f"k = {k} is out of range: ask for at least 1 result")
@@ -40,7 +42,10 @@ def search(device: Device, text: str, k: int, *, mode: Mode, where: str | None, 
             question = Question(generation, k, mode, condition, encoder.state if encoder else 0, rerank)
         if cached and (known := device.cache.same(question, text)) is not None:
             return known
-        vectors = device.shortened(encoder.encode_queries([text])) if encoder else None
+        vectors = None
+        if encoder is not None:
+            encode = encoder.encode_queries if adapted else encoder.encode_queries_unadapted
+            vectors = device.shortened(encode([text]))
         vector = None if vectors is None else vectors[0]
         if cached and (known := device.cache.near(question, text, vector)) is not None:
             return known

@@ -102,6 +102,8 @@ def _notes(report: BudgetReport) -> list[str]:
             notes.append(f"The last order of {plain(seen.federation)} was not followed: {plain(seen.refused)}")
     if report.rehearsal:
         notes.append("Rehearsal: the noise of the rounds came from a known seed, and binds nobody who knows it.")
+    if not report.consent.takes_part:
+        notes.append("The owner has left: this device declines every round.")
     if report.needs_limit:
         notes.append("Rounds under `local` are declined until a limit is set: `stillroom budget --limit EPSILON`.")
     if report.left_participations == 0:

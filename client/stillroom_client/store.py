@@ -283,10 +283,11 @@ class Store(Closing):
         """Everything that was opened, latest last."""
         return [Feedback(*row) for row in self.query("SELECT query, passage_id FROM feedback ORDER BY rowid")]
 
-    def erase_feedback(self) -> int:
-        """Forget every opened result, on the disk too; how many there were."""
+    def erase_feedback(self, opened: Feedback | None = None) -> int:
+        """Forget every opened result, or this one, on the disk too; how many there were."""
+        which, values = ("", ()) if opened is None else (" WHERE (query, passage_id) = (?, ?)", tuple(opened))
         with self.writing():
-            erased = self._db.execute("DELETE FROM feedback").rowcount
+            erased = self._db.execute(f"DELETE FROM feedback{which}", values).rowcount
         if self.query("PRAGMA wal_checkpoint(TRUNCATE)")[0][0]:
             raise DataError(f"feedback is erased, but another process holds {self.path}-wal: end it, then erase again")
         return erased

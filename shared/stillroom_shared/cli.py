@@ -45,6 +45,7 @@ EXTRA_OF = {
     "usearch": "compare",
     "ir_measures": "simulate",
     "jinja2": "simulate",
+    "uvicorn": "web",
 }
 
 
