@@ -1,4 +1,4 @@
-"""From a keystroke to its results on the screen, in a headless Chromium: `python benchmarks/keystrokes.py HOME`.
+"""From a keystroke to its results on the screen, in a headless Chromium: `python -m benchmarks.keystrokes HOME`.
 
 Types queries letter by letter into the page of a real home, at the pace of a quick typist, and measures inside the page: from
 the `keydown` event to the frame after the one in which the results of exactly that letter's search were put into the document.

@@ -15,7 +15,7 @@ from stillroom_client.app import HOME_KEY, client_app
 from stillroom_client.budget import budget_report
 from stillroom_client.device import Device
 from stillroom_client.leaving import join, leave
-from stillroom_client.participation import CONSENT_FILE, Consent, open_ledger, set_limit, take_part
+from stillroom_client.participation import CONSENT_FILE, LEDGER_FILE, Consent, open_ledger, set_limit, take_part
 from stillroom_client.sent import SENT_FILE, last_sent
 from stillroom_client.witness import require_forward
 from stillroom_shared.adapter import Adapter
@@ -101,6 +101,9 @@ def test_leaving_is_on_the_disk_and_keeps_everything_else(home: Path) -> None:
     leave(home)
     assert Consent.load(home) == before.model_copy(update={"takes_part": False})
     assert (home / CONSENT_FILE).stat().st_mode & 0o777 == 0o600
+    with pytest.raises(BudgetError, match="the owner has left"):
+        take_part(home, order())
+    assert not (home / LEDGER_FILE).exists()  # nothing was spent, so nothing is begun
     with pytest.raises(DataError, match="is not the home of a device"):
         leave(home.parent)
 

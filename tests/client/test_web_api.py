@@ -154,6 +154,8 @@ def test_a_superseded_search_says_so(server: WebServer) -> None:
     ask(server, "search", {"query": "tapirs", "tab": "t", "number": 9})
     assert "later search" in str(error(server, "search", {"query": "tap", "tab": "t", "number": 8}, 409)["error"])
     ask(server, "search", {"query": "tap", "tab": "u", "number": 8})
+    ask(server, "search", {"query": "tap", "number": 8})
+    ask(server, "search", {"query": "tap", "number": 7})
 
 
 def test_many_requests_at_once_are_all_answered(server: WebServer) -> None:
@@ -163,7 +165,7 @@ def test_many_requests_at_once_are_all_answered(server: WebServer) -> None:
     def work(tab: int) -> None:
         for n in range(10):
             for path, body in (
-                ("search", {"query": f"tapirs {n}", "tab": str(tab), "number": n}),
+                ("search", {"query": f"tapirs {n}", "tab": str(tab or ""), "number": n}),
                 ("feedback", {}),
                 ("privacy", {}),
             ):
@@ -171,7 +173,8 @@ def test_many_requests_at_once_are_all_answered(server: WebServer) -> None:
                 if status != 200:
                     failures.append((path, status, content))
 
-    threads = [threading.Thread(target=work, args=(n,)) for n in range(6)]
+    # Two of them without a tab, as programs are.
+    threads = [threading.Thread(target=work, args=(n,)) for n in (0, 0, 1, 2, 3, 4)]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -56,6 +56,7 @@ def opened(browser: Browser, server: WebServer) -> Iterator[Opener]:
             browser.new_context(viewport={"width": width, "height": height}, reduced_motion="reduce", **options)
         )
         page = contexts[-1].new_page()
+        page.set_default_timeout(15_000)
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.on("console", lambda message: errors.append(message.text) if "Content Security" in message.text else None)
         page.goto(url or server.url)
@@ -375,6 +376,8 @@ def test_an_empty_device_says_what_to_type(browser: Browser, tmp_path: Path, tin
             assert "has not been asked by any federation" in page.inner_text("#panel-body")
             assert not list((tmp_path / "my home").glob("ledger*"))  # looking makes no ledger
             page.keyboard.press("Escape")
+            page.fill("#query", "something")
+            page.wait_for_selector("text=There are no documents yet")
         page.fill("#query", "anything")
         page.wait_for_selector("text=The server does not answer")
         context.close()

@@ -48,7 +48,7 @@ class Nothing(_Asked):
 
 
 class Search(_Asked):
-    """`tab` and `number` order the searches of one tab: the highest number wins."""
+    """`tab` and `number` order the searches of one tab: the highest number wins. Those without a tab are all made."""
 
     query: str = Field(max_length=2_000)
     k: int = Field(default=20, ge=1, le=100)
@@ -131,6 +131,8 @@ class Api:
             }
 
     async def _search(self, asked: Search) -> dict[str, Any]:
+        if not asked.tab:  # a program's: none of them replaces another
+            return await self._desk.run(lambda: self._found(asked))
         return await self._desk.latest(asked.tab, asked.number, lambda: self._found(asked))
 
     def _found(self, asked: Search) -> dict[str, Any]:
