@@ -185,7 +185,7 @@ def test_many_requests_at_once_are_all_answered(server: WebServer) -> None:
 def test_what_cannot_be_used_is_said(server: WebServer, device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards against a traceback on the page, or its text on the wire, when the device is damaged or we are wrong."""
     (device.home / "device.key").write_text("x")
-    found = ask(server, "privacy")
+    found = ask(server, "budget")
     assert found["budget"] is None and found["problem"]
     monkeypatch.setattr(Device, "search", lambda *_, **__: 1 / 0)
     answer = error(server, "search", {"query": "a secret"}, 500)

@@ -18,7 +18,19 @@ from stillroom_client.web.guard import LARGEST_BODY
 from stillroom_shared.errors import SettingsError
 from stillroom_shared.release import Release
 
-PATHS = ("status", "search", "passage", "opened", "feedback", "feedback/erase", "learned", "privacy", "leave", "join")
+PATHS = (
+    "status",
+    "search",
+    "passage",
+    "opened",
+    "feedback",
+    "feedback/erase",
+    "learned",
+    "privacy",
+    "budget",
+    "leave",
+    "join",
+)
 FROM_PAGE = {"Sec-Fetch-Site": "same-origin", "Sec-Fetch-Mode": "cors", "Sec-Fetch-Dest": "empty"}
 
 

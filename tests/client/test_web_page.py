@@ -200,10 +200,10 @@ def test_leaving_is_durable_and_joining_again_shows_its_limit(opened: Opener, de
     take_part(device.home, order())
     page = opened()
     page.click("[data-panel=privacy]")
-    page.wait_for_selector("meter")
+    page.wait_for_selector("meter", timeout=90_000)
     assert "of 8 epsilon" in page.inner_text("#panel-body")
     page.click("[role=switch]")
-    page.wait_for_selector("[role=switch][aria-checked=false]")
+    page.wait_for_selector("[role=switch][aria-checked=false]", timeout=5_000)  # it waits for no accounting
     assert not Consent.load(device.home).takes_part
     with pytest.raises(BudgetError, match="the owner has left"):
         take_part(device.home, order(round=2))

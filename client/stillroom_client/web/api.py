@@ -31,7 +31,7 @@ from stillroom_client.web.answers import feedback_json, hit_json, moved, passage
 from stillroom_client.web.desk import Desk, SupersededError
 from stillroom_client.web.guard import Answer
 from stillroom_client.web.narrowing import Narrowing, choices
-from stillroom_client.web.overview import learned, privacy
+from stillroom_client.web.overview import budget, learned, privacy
 from stillroom_shared.errors import BudgetError, DataError, SettingsError, StillroomError
 
 _log = logging.getLogger(__name__)
@@ -100,9 +100,10 @@ class Api:
             "/api/feedback": (Nothing, lambda _: desk.run(lambda: {"opened": feedback_json(device)})),
             "/api/feedback/erase": (Erase, lambda a: desk.run(lambda: self._erase(a))),
             "/api/learned": (Search, lambda a: desk.run(lambda: self._learned(a))),
-            "/api/privacy": (Nothing, lambda _: desk.aside(lambda: privacy(device.home))),
-            "/api/leave": (Nothing, lambda _: desk.aside(lambda: _consent(leave(device.home)))),
-            "/api/join": (Join, lambda a: desk.aside(lambda: self._join(a))),
+            "/api/privacy": (Nothing, lambda _: desk.run(lambda: privacy(device.home))),
+            "/api/budget": (Nothing, lambda _: desk.aside(lambda: budget(device.home))),
+            "/api/leave": (Nothing, lambda _: desk.run(lambda: _consent(leave(device.home)))),
+            "/api/join": (Join, lambda a: desk.run(lambda: self._join(a))),
         }
 
     async def answer(self, path: str, body: bytes) -> Answer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,24 +30,28 @@ def learned(device: Device) -> dict[str, Any]:
 
 
 def privacy(home: Path) -> dict[str, Any]:
-    """Budget, rounds, the last answer and the consent. What cannot be known is said in its place."""
+    """The consent, the last answer, and what was asked of the device; quick."""
     consent, sent = Consent.load(home), last_sent(home)
     shown: dict[str, Any] = {
         "consent": consent.model_dump(mode="json"),
         "needs_limit": "local" in consent.mechanisms and consent.limit_epsilon is None,
         "sent": None if sent is None else sent.model_dump(mode="json"),
-        "budget": None,
-        "problem": None,
         "attempts": [],
     }
-    try:
-        shown["budget"] = budget_report(home).to_json()
+    with suppress(StillroomError):  # `budget` says what is wrong with the ledger
         shown["attempts"] = _attempts(home)
-    except StillroomError as error:
-        shown["problem"] = str(error)
-    except ModuleNotFoundError as error:
-        shown["problem"] = str(MissingExtraError("the privacy panel", "federated", error.name or "dp_accounting"))
     return shown
+
+
+def budget(home: Path) -> dict[str, Any]:
+    """What was spent: it may take seconds. What cannot be known is said in its place."""
+    try:
+        return {"budget": budget_report(home).to_json(), "problem": None}
+    except StillroomError as error:
+        problem = str(error)
+    except ModuleNotFoundError as error:
+        problem = str(MissingExtraError("the privacy panel", "federated", error.name or "dp_accounting"))
+    return {"budget": None, "problem": problem}
 
 
 def _stated(statement: Any) -> dict[str, Any]:

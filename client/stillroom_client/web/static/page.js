@@ -367,7 +367,9 @@ const meaning = (found) => [found.unit && `${found.unit} level`, found.delta && 
 
 async function privacy() {
   const found = await ask("privacy");
-  const parts = [participation(found), ...(found.budget ? spending(found) : [part("Budget", h("p", { class: "warn" }, found.problem))]), lastSent(found.sent)];
+  const sums = h("div", { id: "sums", "aria-busy": "true" }, part("Budget", soft("Adding up what was spent …")));
+  budget(sums);
+  const parts = [participation(found), sums, lastSent(found.sent)];
   if (found.attempts.length) {
     parts.push(part("Asked of this device", table(["Federation", "Round", "Attempt", "What became of it"], found.attempts.slice(0, 8).map(attempt)),
       found.attempts.length > 8 && h("details", {}, h("summary", {}, `${found.attempts.length - 8} earlier`), table(["Federation", "Round", "Attempt", ""], found.attempts.slice(8).map(attempt)))));
@@ -413,6 +415,17 @@ function joining(consent, federation) {
       ["Most attempts", consent.participations.toLocaleString("en")]]),
     h("label", { for: "limit" }, "All rounds together may cost epsilon", limit), soft(`at delta ${consent.limit_delta.toExponential(0)}, counted over everything this device ever joined, against peers and network observers. Empty: no limit besides the attempts.`),
     h("label", {}, agree, h("span", {}, "I agree that this device takes part up to this limit.")), problem, h("div", {}, h("button", { class: "button main" }, "Take part again")));
+}
+
+// Accounting may take seconds: leaving does not wait for it.
+async function budget(sums) {
+  try {
+    const found = await ask("budget");
+    sums.replaceChildren(...(found.budget ? spending(found) : [part("Budget", h("p", { class: "warn" }, found.problem))]));
+  } catch (error) {
+    sums.replaceChildren(part("Budget", h("p", { class: "warn" }, error.message)));
+  }
+  sums.removeAttribute("aria-busy");
 }
 
 function spending({ budget }) {
