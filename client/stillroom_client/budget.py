@@ -28,7 +28,7 @@ from stillroom_client.participation import KEY_FILE, LEDGER_FILE, Consent, open_
 from stillroom_client.store import Store
 from stillroom_client.witness import seen_ledger, why_refused
 from stillroom_shared.accounting import epsilon
-from stillroom_shared.errors import ReleaseError
+from stillroom_shared.errors import DataError, ReleaseError
 from stillroom_shared.events import Event, LocalGaussian, Unit, Unprotected, event_from_json, in_one_unit
 from stillroom_shared.ledger import Row
 from stillroom_shared.release import open_release
@@ -214,7 +214,7 @@ def _stated(home: Path, identity: Identity) -> PrivacyStatement | str:
             folder = store.in_use().folder
         release = open_release(home / folder, trusted_key=identity.trusted_key)
         adapter = adapter_in_use(home, folder, release, identity.trusted_key)
-    except ReleaseError as error:
+    except (DataError, ReleaseError) as error:
         return f"unknown: {error}"
     if adapter is None:
         return UNKNOWN
