@@ -4,7 +4,7 @@ PYTHON ?= python3
 OUT    ?= runs/demo
 VENV   := .venv
 BIN    := $(VENV)/bin
-EXTRAS := federated,server,offline,simulate,dev
+EXTRAS := federated,server,offline,simulate,serve,web,mcp,langchain,llamaindex,dev
 STAMP  := $(VENV)/.installed
 
 # Nothing goes over the network after installation, and nobody is told what was run.
@@ -13,7 +13,7 @@ export FLWR_TELEMETRY_ENABLED := 0
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-full test lint format docs clean
+.PHONY: help install demo demo-full test lint format docs proto clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -48,6 +48,9 @@ docs: $(STAMP) ## write again the pages that are generated from the code
 	@$(BIN)/python -m stillroom_shared.settings > $(VENV)/settings.md
 	@mv $(VENV)/settings.md docs/settings.md
 	@$(BIN)/python -m stillroom_simulations.figures README.md docs/figures.md
+
+proto: $(STAMP) ## generate the messages of retrieval.proto again
+	@cd client && ../$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. stillroom_client/serving/retrieval.proto
 
 clean: ## remove everything that make created: .venv, runs, caches of the tools
 	@rm -rf $(VENV) runs build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

@@ -164,21 +164,20 @@ class Catalog:
             key, changed = self._put_row(document, number)
             known = self._known(passages, key, document.path)
             removed = self._remove_others(key, document.path, passages) if whole else 0
-            fresh = [item for item in passages if known.get(item.passage.id, (None,))[0] != digest_of(item.passage)]
-            replaced = [item.passage.id for item in fresh if item.passage.id in known]
-            self._insert(fresh, replaced, key, number)
-            moved = [
-                (*_place(item), item.passage.id)
-                for item in passages
-                if item.passage.id in known and known[item.passage.id][1:] != (key, *_place(item))
-            ]
-            self._store.execute_many(
-                f"UPDATE passages SET document = {key}, ({_PLACE}, metadata) = (?, ?, ?, ?, ?, ?) WHERE id = ?",
-                moved,
-            )
+            fresh, replaced, moved = self._lay(passages, known, key, number)
             if fresh or moved or removed or changed:
                 self._store.advance(generation)
-        return Change(len(fresh) - len(replaced), len(replaced), len(passages) - len(fresh), removed)
+        return Change(fresh - replaced, replaced, len(passages) - fresh, removed)
+
+    def put_lone(self, passages: Sequence[Located]) -> Change:
+        """The same for passages that stand in no document; `DataError` for an id of a document's passage too."""
+        refuse_repeated_ids([located.passage for located in passages])
+        with self._store.writing() as generation:
+            known = self._known(passages, None, "what is added alone")
+            fresh, replaced, moved = self._lay(passages, known, None, generation.number + 1)
+            if fresh or moved:
+                self._store.advance(generation)
+        return Change(fresh - replaced, replaced, len(passages) - fresh)
 
     def finish(self, document: Document, ids: Iterable[str]) -> int:
         """Say that `ids` are all passages of a document that was put in parts; how many others were removed."""
@@ -241,7 +240,7 @@ class Catalog:
         [(key,)] = self._store.query("SELECT number FROM documents WHERE path = ?", (document.path,))
         return int(key), changed
 
-    def _known(self, passages: Sequence[Located], key: int, path: str) -> dict[str, tuple[Any, ...]]:
+    def _known(self, passages: Sequence[Located], key: int | None, path: str) -> dict[str, tuple[Any, ...]]:
         """Of each id that is stored: digest, document and place."""
         wanted = json.dumps([located.passage.id for located in passages])
         query = f"SELECT id, digest, document, {_PLACE}, metadata FROM passages WHERE id {AMONG}"
@@ -266,7 +265,24 @@ class Catalog:
             self._store.query(f"DELETE FROM {table} WHERE {column} {AMONG}", (json.dumps(ids),))
         return len(ids)
 
-    def _insert(self, fresh: Sequence[Located], replaced: Sequence[str], key: int, number: int) -> None:
+    def _lay(
+        self, passages: Sequence[Located], known: dict[str, tuple[Any, ...]], key: int | None, number: int
+    ) -> tuple[int, int, int]:
+        """Write what differs from what is `known`: how many have a new text, how many of them had another, how many moved."""
+        fresh = [item for item in passages if known.get(item.passage.id, (None,))[0] != digest_of(item.passage)]
+        replaced = [item.passage.id for item in fresh if item.passage.id in known]
+        self._insert(fresh, replaced, key, number)
+        moved = [
+            (key, *_place(item), item.passage.id)
+            for item in passages
+            if item.passage.id in known and known[item.passage.id][1:] != (key, *_place(item))
+        ]
+        self._store.execute_many(
+            f"UPDATE passages SET (document, {_PLACE}, metadata) = (?, ?, ?, ?, ?, ?, ?) WHERE id = ?", moved
+        )
+        return len(fresh), len(replaced), len(moved)
+
+    def _insert(self, fresh: Sequence[Located], replaced: Sequence[str], key: int | None, number: int) -> None:
         vectors = {item.passage.id: self._vector(item.passage) for item in fresh}
         self._store.query(f"DELETE FROM passages WHERE id {AMONG}", (json.dumps(replaced),))
         self._store.execute_many(

@@ -17,7 +17,7 @@ import typer
 
 from stillroom_client.index_cli import compact, tune, upgrade
 from stillroom_client.options import AsJson, Home
-from stillroom_client.serve_cli import serve
+from stillroom_client.serve_cli import mcp, serve
 
 
 class SearchMode(StrEnum):
@@ -46,6 +46,7 @@ def register(app: typer.Typer) -> None:
     app.add_typer(feedback)
     app.command()(budget)
     app.command()(serve)
+    app.command()(mcp)
 
 
 def search(

@@ -26,6 +26,12 @@ def fields(store: Store) -> Callable[[str], str | None]:
     return field
 
 
+def field_names(store: Store) -> list[str]:
+    """The names that a filter may compare."""
+    found = store.query(f"SELECT DISTINCT key FROM described, json_each({_DESCRIBED})")
+    return sorted({*_FIELDS, *(name for (name,) in found)})
+
+
 def select(store: Store, condition: str, values: Sequence[object] = ()) -> NDArray[np.int64]:
     """Rows of the passages `p` that fulfil a condition in SQL (`filters.py`), ascending."""
     joint = "JOIN described ON described.row = p.row" if _DESCRIBED in condition else ""

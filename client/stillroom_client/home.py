@@ -8,6 +8,7 @@
 | `adapter`, `adapter-ID` | a link to the adapter in use with that release, as it was sealed; absent before the first |
 | `store.sqlite3` | the truth: passages, vectors, feedback |
 | `index.faiss` | vectors; derived from the store by whoever searches first after a change |
+| `serving/` | socket, token and certificate of `stillroom serve` (`serving/places.py`); absent before the first |
 | `index.tantivy/` | words; derived in the same way, one folder a generation (`text_index.py`) |
 
 `participation.py` adds a ledger, its key and what the owner consents to. Homes appear whole or not at all, and an

@@ -35,7 +35,7 @@ from stillroom_client import schema
 from stillroom_client.quantization import dequantize, quantize
 from stillroom_shared.closing import Closing
 from stillroom_shared.corpus import Passage
-from stillroom_shared.errors import DataError
+from stillroom_shared.errors import DataError, NotFoundError, StoreError
 
 _WAIT_SECONDS = 60.0  # for another process' write; embedding happens outside, so a write is short
 FIRST_RELEASE = "release"  # folder in the home
@@ -247,7 +247,7 @@ class Store(Closing):
         """The row of each id; `DataError` names the first that is not in the store."""
         found = dict(self.query(f"SELECT id, row FROM passages WHERE id {AMONG}", (json.dumps(list(ids)),)))
         if missing := next((i for i in ids if i not in found), None):
-            raise DataError(f"passage {missing!r} is not in this index: take an id that search shows, or add it")
+            raise NotFoundError(f"passage {missing!r} is not in this index: take an id that search shows, or add it")
         return np.array([found[i] for i in ids], np.int64)
 
     def vectors(self, rows: Iterable[int] | None = None) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
@@ -289,7 +289,7 @@ class Store(Closing):
         with self.writing():
             erased = self._db.execute(f"DELETE FROM feedback{which}", values).rowcount
         if self.query("PRAGMA wal_checkpoint(TRUNCATE)")[0][0]:
-            raise DataError(f"feedback is erased, but another process holds {self.path}-wal: end it, then erase again")
+            raise StoreError(f"feedback is erased, but another process holds {self.path}-wal: end it, then erase again")
         return erased
 
     def secret(self, name: str, *, first: bytes | None = None) -> bytes:
@@ -358,8 +358,8 @@ class Store(Closing):
         """Run a statement for each tuple of values, inside `writing`."""
         self._db.executemany(query, values)
 
-    def _damaged(self, error: sqlite3.Error) -> DataError:
-        return DataError(
+    def _damaged(self, error: sqlite3.Error) -> StoreError:
+        return StoreError(
             f"the store {self.path} cannot be used ({error}): free disk space, end the process that blocks it, "
             "or restore the file from a backup"
         )

@@ -46,6 +46,13 @@ EXTRA_OF = {
     "ir_measures": "simulate",
     "jinja2": "simulate",
     "uvicorn": "web",
+    "google": "serve",  # .protobuf
+    "grpc": "serve",
+    "grpc_health": "serve",
+    "grpc_reflection": "serve",
+    "mcp": "mcp",
+    "langchain_core": "langchain",
+    "llama_index": "llamaindex",
 }
 
 

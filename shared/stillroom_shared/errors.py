@@ -16,6 +16,14 @@ class DataError(StillroomError):
     """Input data cannot be read: the message names file, line and field."""
 
 
+class NotFoundError(DataError):
+    """What was named is not there."""
+
+
+class StoreError(DataError):
+    """The store of a device cannot be used now: blocked by another process, on a full disk, or damaged."""
+
+
 class ReleaseError(StillroomError):
     """A release or an adapter is incomplete, altered or signed by a key that is not trusted."""
 

@@ -82,10 +82,6 @@ def test_the_browser_is_not_given_the_key_itself(home: Path, tmp_path: Path) -> 
 
 
 def test_what_cannot_be_served_is_one_line(home: Path, tmp_path: Path) -> None:
-    """Guards against a traceback for a folder that is no home, or a command that serves nothing and says nothing."""
-    for options, expected in (
-        (["--web", "--home", str(tmp_path)], "is not the home of a device"),
-        (["--home", str(home)], "--web"),
-    ):
-        done = subprocess.run([*COMMAND, *options], capture_output=True, text=True)
-        assert done.returncode and expected in done.stderr and "Traceback" not in done.stderr
+    """Guards against a traceback for a folder that is no home."""
+    done = subprocess.run([*COMMAND, "--web", "--home", str(tmp_path)], capture_output=True, text=True, timeout=60)
+    assert done.returncode and "is not the home of a device" in done.stderr and "Traceback" not in done.stderr
