@@ -188,7 +188,7 @@ class TestNeighbouringRecords:
         "broken",
         [
             pytest.param(Record((5, 10**6), random_records(1, 14)[0].candidates), id="before the first layer"),
-            pytest.param(Record((5, 6), np.ones((5, 7), np.float16)), id="after the last layer"),
+            pytest.param(Record((5, 6), np.ones((5, 40), np.float16)), id="after the last layer"),
         ],
     )
     def test_a_record_on_which_the_tower_fails_contributes_zero_and_withdraws_no_other(
