@@ -4,7 +4,7 @@ PYTHON ?= python3
 OUT    ?= runs/demo
 VENV   := .venv
 BIN    := $(VENV)/bin
-EXTRAS := federated,server,offline,simulate,serve,web,mcp,langchain,llamaindex,dev
+EXTRAS := federated,server,offline,simulate,encrypted,serve,web,mcp,langchain,llamaindex,dev
 STAMP  := $(VENV)/.installed
 
 # Nothing goes over the network after installation, and nobody is told what was run.

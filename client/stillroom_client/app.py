@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from stillroom_client.participation import refuse, require_joined, take_part
 from stillroom_client.sent import note_sent
+from stillroom_client.unlocking import unlock
 from stillroom_shared.adapter import Adapter, AdapterSpec
 from stillroom_shared.errors import ProtocolError
 from stillroom_shared.local_mechanism import noise_alone
@@ -255,6 +256,7 @@ def _home(context: Context) -> Path:
     home = context.node_config.get(HOME_KEY)
     if not home:
         raise ProtocolError(f"node configuration lacks {HOME_KEY!r}: pass --node-config '{HOME_KEY}=\"/path\"'")
+    unlock(Path(str(home)), terminal=False)  # now, and with a reason: nobody sits at a node to be asked
     return Path(str(home))
 
 

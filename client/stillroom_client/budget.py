@@ -26,6 +26,7 @@ from pydantic import ValidationError
 from stillroom_client.home import STORE_NAME, Identity, adapter_in_use
 from stillroom_client.participation import KEY_FILE, LEDGER_FILE, Consent, open_ledger
 from stillroom_client.store import Store
+from stillroom_client.unlocking import unlock
 from stillroom_client.witness import seen_ledger, why_refused
 from stillroom_shared.accounting import epsilon
 from stillroom_shared.errors import DataError, ReleaseError
@@ -136,7 +137,8 @@ def budget_report(home: Path) -> BudgetReport:
     """
     identity, consent = Identity.load(home), Consent.load(home)
     rows: list[Row] = []
-    if (home / LEDGER_FILE).exists() or (home / KEY_FILE).exists():  # looking must not make a ledger
+    folder = unlock(home).folder
+    if (folder / LEDGER_FILE).exists() or (folder / KEY_FILE).exists():  # looking must not make a ledger
         with open_ledger(home) as ledger:
             rows = ledger.rows()
     events = [event_from_json(row.fields["event"]) for row in rows if row.kind == "spend"]
@@ -210,7 +212,8 @@ def _participations_left(events: Sequence[Event], consent: Consent) -> int:
 def _stated(home: Path, identity: Identity) -> PrivacyStatement | str:
     """The statement of the adapter in use, or why there is none."""
     try:
-        with Store(home / STORE_NAME) as store:
+        private = unlock(home)
+        with Store(private.folder / STORE_NAME, private.vault) as store:
             folder = store.in_use().folder
         release = open_release(home / folder, trusted_key=identity.trusted_key)
         adapter = adapter_in_use(home, folder, release, identity.trusted_key)

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
+from stillroom_client import encryption_cli
 from stillroom_client.index_cli import compact, tune, upgrade
 from stillroom_client.options import AsJson, Home
 from stillroom_client.serve_cli import mcp, serve
@@ -34,6 +35,7 @@ def register(app: typer.Typer) -> None:
     index = typer.Typer(name="index", help="Make an index, add documents, see what it holds.", no_args_is_help=True)
     for command in (create, add, remove, status, tune, compact, upgrade, doctor):
         index.command()(command)
+    encryption_cli.register(index)
     app.add_typer(index)
     feedback = typer.Typer(
         name="feedback",
@@ -47,6 +49,7 @@ def register(app: typer.Typer) -> None:
     app.command()(budget)
     app.command()(serve)
     app.command()(mcp)
+    encryption_cli.open_homes(app)
 
 
 def search(
@@ -106,12 +109,20 @@ def create(
             min=1, help="Components of a vector that are stored and compared.  [default: all of the release's]"
         ),
     ] = None,
+    encrypt: Annotated[
+        bool, typer.Option("--encrypt", help="Encrypt all it will hold, by a passphrase or the system keyring.")
+    ] = False,
+    keyring: encryption_cli.Keyring = False,
+    new_file: encryption_cli.NewFile = None,
 ) -> None:
     """Make an empty index that searches with a release."""
     from stillroom_client.device import Device
     from stillroom_client.matryoshka import remark
 
-    with Device.create(home, release, trusted_key=trust, dimension=dimension) as device:
+    if (keyring or new_file) and not encrypt:
+        raise typer.BadParameter("a way to unlock is for an encrypted home: add --encrypt")
+    protection = encryption_cli.new_protection(home, keyring=keyring, file=new_file) if encrypt else None
+    with Device.create(home, release, trusted_key=trust, dimension=dimension, protection=protection) as device:
         typer.echo(f"{device.identity.name} is ready; it trusts key {device.identity.trusted_key}")
         opened = device.release
         if said := remark(device.store.dimension, opened.dimension, opened.matryoshka_dimensions):
@@ -197,6 +208,7 @@ def status(home: Home, as_json: AsJson = False) -> None:
         release, adapter = device.release, device.adapter
         held["release"] = release.id
         held["trusted_key"] = device.identity.trusted_key
+        held["encryption"] = encryption_cli.ways_in(home)
         held["adapter_round"] = adapter.round if adapter else release.manifest.adapter_round
     if as_json:
         _print_json(held)
@@ -216,6 +228,7 @@ def status(home: Home, as_json: AsJson = False) -> None:
         "signed by": held["trusted_key"],
         "adapter": f"of round {held['adapter_round']}" if held["adapter_round"] else "none yet",
         "feedback": f"{held['feedback']:,} opened results",
+        "encryption": f"by {held['encryption']}" if held["encryption"] != "none" else "none",
     }.items():
         typer.echo(f"{label:10} {value}")
 

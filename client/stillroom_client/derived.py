@@ -28,8 +28,9 @@ from stillroom_client.home import INDEX_NAME, TEXT_INDEX_NAME
 from stillroom_client.index import VectorIndex
 from stillroom_client.index_base import Base, Fault, Rows, Vectors
 from stillroom_client.index_plan import FLAT_LIMIT, SAMPLE, Effort, IndexSettings, Kind, lists_for
+from stillroom_client.sealed_words import load_words, tidy_words, write_words
 from stillroom_client.store import Generation, Store
-from stillroom_client.text_index import TextIndex, tidy, write_index
+from stillroom_client.text_index import TextIndex
 from stillroom_shared.files import exclusive
 
 State = Literal["current"] | Fault
@@ -81,11 +82,11 @@ class Dense:
 
 
 class Indexes:
-    """The derived files of a home. Threads may share it."""
+    """The derived files in the folder of a store, sealed by its vault. Threads may share it."""
 
-    def __init__(self, home: Path, store: Store) -> None:
-        self._vectors_file, self._words_folder = home / INDEX_NAME, home / TEXT_INDEX_NAME
-        self._store = store
+    def __init__(self, folder: Path, store: Store) -> None:
+        self._vectors_file, self._words_folder = folder / INDEX_NAME, folder / TEXT_INDEX_NAME
+        self._store, self._vault = store, store.vault
         self._history = History(store)
         self._vectors: VectorIndex | None = None
         self._looked_at: tuple[int, int, int] | None = None
@@ -124,10 +125,10 @@ class Indexes:
                 base = build(self._store, generation, self.settings.kind_for(self._store.count()))
                 vectors = self._vectors = VectorIndex.of(base)
                 with suppress(OSError):  # a full disk must not stop the search; the next one builds again
-                    base.save(self._vectors_file)
+                    base.save(self._vectors_file, self._vault)
             if text and not (words := self._loaded_words(generation)):
                 with suppress(OSError):
-                    write_index(self._words_folder, self._store, generation)
+                    write_words(self._words_folder, self._store, generation)
                 words = self._loaded_words(generation) or TextIndex.in_memory(
                     generation, self._history.passages(Mark())
                 )
@@ -140,7 +141,7 @@ class Indexes:
             with store.reading() as generation:
                 base = self._forward(store, generation)
             if base is not None:
-                base.save(self._vectors_file)
+                base.save(self._vectors_file, self._vault)
                 self._vectors = VectorIndex.of(base)
         with self.current(dense=True, text=True):
             pass
@@ -171,7 +172,7 @@ class Indexes:
                 store.query("INSERT OR REPLACE INTO meta VALUES ('vectors_from', ?)", (first.number,))
                 store.advance(first)  # what came after the index was made is beside it, as after any other generation
                 with suppress(OSError):
-                    replace(base, generation=first).save(ready)
+                    replace(base, generation=first).save(ready, self._vault)
 
             yield switch
             with suppress(OSError):  # killed before: everything is searched without an index until the next refresh
@@ -185,12 +186,12 @@ class Indexes:
         with self._alone(), self._store.twin() as store:
             with store.reading() as generation:
                 base = build(store, generation, self.settings.kind_for(store.count()))
-            base.save(self._vectors_file)
+            base.save(self._vectors_file, self._vault)
             with store.writing() as generation:
                 following = store.advance(generation)
-                write_index(self._words_folder, store, following, afresh=True)
+                write_words(self._words_folder, store, following, afresh=True)
                 History(store).forget(base.generation, base.mark)
-            tidy(self._words_folder, following)
+            tidy_words(self._words_folder, following)
             store.shrink()
         with self.current(dense=True, text=True):
             pass
@@ -208,11 +209,11 @@ class Indexes:
 
     def states(self, generation: Generation) -> tuple[State, State]:
         """Of the files as they are now: vectors, words. A "current" one is searched as it is."""
-        words = TextIndex.load(self._words_folder, generation)
+        words = load_words(self._words_folder, generation, self._vault)
         return self._state(generation), "current" if isinstance(words, TextIndex) else words
 
     def _state(self, generation: Generation) -> State:
-        base = Base.load(self._vectors_file)
+        base = Base.load(self._vectors_file, self._vault)
         if not isinstance(base, Base):
             return base
         count = self._store.count()
@@ -233,7 +234,7 @@ class Indexes:
 
     def _forward(self, store: Store, generation: Generation) -> Base | None:
         """What to save in place of the file; None when it will do. A small index is left to the next search."""
-        count, base, history = store.count(), Base.load(self._vectors_file), History(store)
+        count, base, history = store.count(), Base.load(self._vectors_file, self._vault), History(store)
         if self._is_small(count):
             return None
         if not isinstance(base, Base) or not history.has_vectors_of(base.generation):
@@ -274,7 +275,7 @@ class Indexes:
         if signature == self._looked_at:
             return None
         self._looked_at = signature
-        base = Base.load(self._vectors_file)
+        base = Base.load(self._vectors_file, self._vault)
         return base if isinstance(base, Base) and self._history.has_vectors_of(base.generation) else None
 
     def _dense(self, index: VectorIndex | None) -> Dense | None:
@@ -284,7 +285,7 @@ class Indexes:
 
     def _loaded_words(self, generation: Generation) -> TextIndex | None:
         if self._words is None or self._words.generation != generation:
-            found = TextIndex.load(self._words_folder, generation)
+            found = load_words(self._words_folder, generation, self._vault)
             self._words = found if isinstance(found, TextIndex) else None
         return self._words
 

@@ -21,6 +21,7 @@ from stillroom_client.cache import AnswerCache, CacheLimits
 from stillroom_client.catalog import Catalog, Embedded
 from stillroom_client.derived import Indexes, Replacing, State
 from stillroom_client.encoder import Encoder
+from stillroom_client.encrypting import Protection
 from stillroom_client.home import (
     STORE_NAME,
     Identity,
@@ -35,6 +36,7 @@ from stillroom_client.ranking import Hit, Mode
 from stillroom_client.rerank import Reranker
 from stillroom_client.searching import search
 from stillroom_client.store import Change, Feedback, InUse, Store, TowerChangedError
+from stillroom_client.unlocking import unlock
 from stillroom_client.upgrade import Upgraded, drop_replaced, upgrade
 from stillroom_shared.closing import Closing
 from stillroom_shared.corpus import Passage
@@ -75,7 +77,7 @@ class Device(Closing):
         self.store = store
         self.catalog = Catalog(store)
         self.threads = threads
-        self._indexes = Indexes(home, store)
+        self._indexes = Indexes(store.path.parent, store)
         self.cache = AnswerCache(cache or CacheLimits())
         self._in_use = self._stored_in_use()
         self._release: Release | None = None
@@ -94,6 +96,7 @@ class Device(Closing):
         link: bool = False,
         name: str = "",
         dimension: int | None = None,
+        protection: Protection | None = None,
     ) -> Device:
         """Make an empty device in a new folder and open it.
 
@@ -104,6 +107,7 @@ class Device(Closing):
             link: point to the release instead of copying it; for simulations.
             name: of the device; the folder's own name by default.
             dimension: of its index, at most the release's, which is the default (`matryoshka.py`).
+            protection: encrypt the home from the beginning, and how it is to be unlocked.
 
         Raises:
             DataError: `home` exists and is not empty.
@@ -116,21 +120,30 @@ class Device(Closing):
                 f"{trusted_key}: name a release of the trusted operator"
             )
         length = chosen_dimension(dimension, source.dimension)
-        create_home(home, source, link=link, name=name or home.resolve().name, dimension=length)
+        create_home(home, source, link=link, name=name or home.resolve().name, dimension=length, protection=protection)
         return cls.open(home)
 
     @classmethod
     def open(
-        cls, home: Path, *, threads: int = 1, release: Release | None = None, cache: CacheLimits | None = None
+        cls,
+        home: Path,
+        *,
+        threads: int = 1,
+        release: Release | None = None,
+        cache: CacheLimits | None = None,
+        key: str | None = None,
     ) -> Device:
-        """Open a home; `DataError` when this is no home of a device.
+        """Open a home; `DataError` when this is no home of a device, `EncryptionError` when it stays locked.
 
         Args:
             threads: for the encoder.
             release: the one this home links to, verified before, so that a thousand simulated devices verify it once.
             cache: how many answers are kept to be served again (`cache.py`); `CacheLimits(entries=0)` keeps none.
+            key: passphrase of an encrypted home; without it, the key is looked for where `unlock` says.
         """
-        device = cls(home, Identity.load(home), Store(home / STORE_NAME), threads=threads, cache=cache)
+        identity, private = Identity.load(home), unlock(home, passphrase=key)
+        store = Store(private.folder / STORE_NAME, private.vault)
+        device = cls(home, identity, store, threads=threads, cache=cache)
         if release is not None:
             trusted = release.manifest.public_key == device.identity.trusted_key
             if not trusted or release.folder != (home / device._in_use.folder).resolve():

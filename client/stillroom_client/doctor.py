@@ -116,7 +116,7 @@ def examine(device: Device, *, goal: float = GOAL, seed: int = 0) -> Examination
         goal=goal,
         measures=notes.measures,
         search_latency=notes.search_latency,
-        bytes=sizes(device.home),
+        bytes=sizes(device.store.path.parent),
         dead=notes.dead,
         cache=device.cache.counts,
         findings=(*notes.findings, *notes.measures.findings),
@@ -147,7 +147,7 @@ def _see(device: Device, notes: _Notes) -> None:
 
 def _measure(device: Device, goal: float, seed: int, notes: _Notes) -> None:
     with device.indexes.current(dense=True, text=True) as current:
-        notes.dead, found = dead_shares(device.store, current, device.home / TEXT_INDEX_NAME)
+        notes.dead, found = dead_shares(device.store, current, device.store.path.parent / TEXT_INDEX_NAME)
         notes.findings += found
     texts, notes.sample = sampled(device, seed)
     if not texts:
@@ -164,7 +164,7 @@ def _measure(device: Device, goal: float, seed: int, notes: _Notes) -> None:
 
 
 def sizes(home: Path) -> dict[str, int]:
-    """Bytes of the store and of each derived file; one that has several names counts once."""
+    """Bytes of the store and of each derived file, in the folder of the store; one that has several names counts once."""
     parts = {
         STORE_NAME: [home / f"{STORE_NAME}{suffix}" for suffix in ("", "-wal", "-shm")],
         INDEX_NAME: [home / INDEX_NAME],

@@ -11,6 +11,8 @@
 | `serving/` | socket, token and certificate of `stillroom serve` (`serving/places.py`); absent before the first |
 | `index.tantivy/` | words; derived in the same way, one folder a generation (`text_index.py`) |
 
+An encrypted home keeps the last three, and all that other modules call private, in a folder `sealed/` (`unlocking.py`).
+
 `participation.py` adds a ledger, its key and what the owner consents to. Homes appear whole or not at all, and an
 adapter is replaced in one step.
 """
@@ -26,7 +28,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from stillroom_client.encrypting import Protection, new_private
 from stillroom_client.store import Store
+from stillroom_client.unlocking import SEALED_NAME
 from stillroom_shared.errors import DataError
 from stillroom_shared.files import private_folder, sync
 from stillroom_shared.release import Release, SealedAdapter, open_adapter, open_release
@@ -64,7 +68,9 @@ class Identity(BaseModel):
             raise DataError(f"{path} cannot be read ({error}): restore it, or create the device again") from error
 
 
-def create_home(home: Path, release: Release, *, link: bool, name: str, dimension: int) -> None:
+def create_home(
+    home: Path, release: Release, *, link: bool, name: str, dimension: int, protection: Protection | None = None
+) -> None:
     """Fill a new home; see `Device.create`."""
     if home.exists() and not (home.is_dir() and not any(home.iterdir())):
         raise DataError(f"{home} exists and is not empty: choose another home, or remove it first")
@@ -76,7 +82,14 @@ def create_home(home: Path, release: Release, *, link: bool, name: str, dimensio
         else:
             shutil.copytree(release.folder, partial / RELEASE_NAME, copy_function=shutil.copyfile)
             open_release(partial / RELEASE_NAME, trusted_key=key)  # what is used later is the copy
-        Store.create(partial / STORE_NAME, dimension=dimension, full_dimension=release.dimension)
+        full = release.dimension
+        if protection is None:
+            Store.create(partial / STORE_NAME, dimension=dimension, full_dimension=full)
+        else:
+            (partial / SEALED_NAME).mkdir()
+            with new_private(partial / SEALED_NAME, protection) as private:
+                path, vault = private.folder / STORE_NAME, private.vault
+                Store.create(path, dimension=dimension, full_dimension=full, vault=vault)
         identity = Identity(name=name, trusted_key=key, document_tower_hash=release.document_tower_hash)
         (partial / IDENTITY_NAME).write_text(identity.model_dump_json(indent=1) + "\n")
 

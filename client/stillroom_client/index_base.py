@@ -31,7 +31,9 @@ from numpy.typing import NDArray
 from stillroom_client.history import Mark
 from stillroom_client.index_plan import Kind, make
 from stillroom_client.store import Generation
+from stillroom_shared.errors import EncryptionError
 from stillroom_shared.files import replace_file
+from stillroom_shared.vault import PLAIN, Vault
 
 Fault = Literal["missing", "torn", "stale"]
 Rows = NDArray[np.int64]
@@ -41,6 +43,7 @@ Batches = Iterable[tuple[Rows, Vectors]]
 _MARK = b"stillroom index 2"
 _TAIL = struct.Struct(f">I{len(_MARK)}s")  # length of the footer, mark
 _DIGEST_BYTES = 32
+SEALED_AS = "index of vectors"  # whatever the file is called while it waits to be put in use
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,8 +84,8 @@ class Base:
         """Lists of an inverted file; 0 for other kinds."""
         return int(getattr(self.faiss, "nlist", 0))
 
-    def save(self, path: Path) -> None:
-        """Replace the file in one step; a crash leaves the old file or the new one. One caller at a time."""
+    def save(self, path: Path, vault: Vault = PLAIN) -> None:
+        """Replace the file, sealed, in one step; a crash leaves the old file or the new one. One caller at a time."""
         known = {**asdict(self.generation), "mark": asdict(self.mark), "kind": self.kind, "count": len(self.rows)}
         footer = json.dumps(known).encode()
         parts = (
@@ -94,16 +97,16 @@ class Base:
         digest = hashlib.sha256()
         for part in parts:
             digest.update(part)
-        replace_file(path, *parts, digest.digest())
+        replace_file(path, *vault.seal(SEALED_AS, *parts, digest.digest()))
 
     @classmethod
-    def load(cls, path: Path) -> Base | Fault:
+    def load(cls, path: Path, vault: Vault = PLAIN) -> Base | Fault:
         """The saved index, or why there is none."""
         try:
-            whole = memoryview(path.read_bytes())
+            whole = memoryview(vault.open(SEALED_AS, path.read_bytes()))
         except FileNotFoundError:
             return "missing"
-        except OSError:
+        except (OSError, EncryptionError):
             return "torn"
         content, digest = whole[:-_DIGEST_BYTES], whole[-_DIGEST_BYTES:]
         # FAISS trusts what it reads: nothing reaches it that is not what `save` wrote.

@@ -93,16 +93,16 @@ def compact(home: Home) -> None:
     from stillroom_client.device import Device
 
     with Device.open(home) as device:
-        before, started = _size(home), time.monotonic()
+        before, started = _size(device.store.path.parent), time.monotonic()
         device.compact()
-        after = _size(home)
+        after = _size(device.store.path.parent)
         typer.echo(
             f"{device.store.count():,} passages, {before / 1e6:,.1f} MB before, {after / 1e6:,.1f} MB now, "
             f"in {time.monotonic() - started:.1f} s"
         )
 
 
-def _size(home: Home) -> int:
+def _size(folder: Path) -> int:
     names = ("store.sqlite3", "store.sqlite3-wal", "index.faiss", "index.tantivy")
-    found = [path for name in names for path in ((home / name), *(home / name).rglob("*")) if path.is_file()]
+    found = [path for name in names for path in ((folder / name), *(folder / name).rglob("*")) if path.is_file()]
     return sum(path.stat().st_size for path in found)

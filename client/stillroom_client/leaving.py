@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from stillroom_client.home import Identity
 from stillroom_client.participation import CONSENT_FILE, Consent
+from stillroom_client.unlocking import unlock
 from stillroom_shared.errors import BudgetError, SettingsError
 from stillroom_shared.files import exclusive
 
@@ -27,6 +28,7 @@ def leave(home: Path) -> Consent:
         DataError: `home` is no home of a device.
     """
     Identity.load(home)
+    unlock(home)
     with exclusive(home):
         left = Consent.load(home).model_copy(update={"takes_part": False})
         left.save(home)
@@ -45,6 +47,7 @@ def join(home: Path, *, seen: Consent, limit_epsilon: float | None) -> Consent:
         BudgetError: `local` is agreed to and there is no limit.
     """
     Identity.load(home)
+    unlock(home)
     with exclusive(home):
         if (now := Consent.load(home)) != seen:
             raise SettingsError(f"{home / CONSENT_FILE} changed since it was shown: look at it again, then join")

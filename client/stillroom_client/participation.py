@@ -28,11 +28,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from stillroom_client.home import Identity
 from stillroom_client.refusals import note_unjoined, note_unlisted, require_room
 from stillroom_client.separation import Turn, require_same_event, require_turn
+from stillroom_client.unlocking import Private, unlock
 from stillroom_client.witness import answered, binding, require_forward
 from stillroom_shared.accounting import epsilon
 from stillroom_shared.errors import BudgetError, LedgerError, ProtocolError, SettingsError
 from stillroom_shared.events import Event, event_to_json, in_one_unit
-from stillroom_shared.files import exclusive, replace_file
+from stillroom_shared.files import exclusive
 from stillroom_shared.ledger import Budget, Ledger, Row
 from stillroom_shared.local_rounds import LocalRounds
 from stillroom_shared.mechanism import MechanismName
@@ -82,14 +83,14 @@ class Consent(BaseModel):
 
     def save(self, home: Path) -> None:
         """Write `consent.json`, in one step."""
-        replace_file(home / CONSENT_FILE, f"{self.model_dump_json(indent=2)}\n".encode())
+        unlock(home).write(CONSENT_FILE, f"{self.model_dump_json(indent=2)}\n".encode())
 
     @classmethod
     def load(cls, home: Path) -> Consent:
         """Read `consent.json`; without one the default holds. `SettingsError` names what does not fit."""
         path = home / CONSENT_FILE
         try:
-            return cls.model_validate_json(path.read_bytes())
+            return cls.model_validate_json(unlock(home).read(CONSENT_FILE))
         except FileNotFoundError:
             return cls()
         except ValidationError as error:
@@ -105,7 +106,8 @@ def set_limit(home: Path, epsilon: str, delta: float | None) -> Consent:
         SettingsError: it is no positive number, or the delta no probability.
     """
     Identity.load(home)  # a consent in a folder that is no device binds nobody
-    with exclusive(home):  # who leaves meanwhile has left
+    unlock(home)
+    with exclusive(home):  # who leaves meanwhile has left, and nobody encrypts the home meanwhile
         before = Consent.load(home)
         try:
             limits = {
@@ -210,7 +212,7 @@ def refuse(home: Path, order: Order, why: Exception) -> Receipt | None:
     consent = Consent.load(home)
     if consent.federation not in (None, order.federation):
         return None
-    if consent.federation is None and not (home / KEY_FILE).exists():
+    if consent.federation is None and not (unlock(home).folder / KEY_FILE).exists():
         return None  # nothing was spent and nothing will be shown: an order alone makes no ledger
     event = order.build_mechanism().participation_event()
     attempt = Attempt(order.round, order.attempt)
@@ -235,12 +237,18 @@ def open_ledger(home: Path) -> Ledger:
     Raises:
         LedgerError: one of the two is gone, or the ledger does not verify.
     """
-    key_path, ledger_path = home / KEY_FILE, home / LEDGER_FILE
-    if not key_path.exists():
+    private = unlock(home)
+    if not (private.folder / KEY_FILE).exists():
         with exclusive(home):
-            if not key_path.exists():
-                _begin(ledger_path, key_path)
-    return Ledger.resume(ledger_path, key=SigningKey.load(key_path), about=ABOUT)
+            private = unlock(home)  # it may have been encrypted meanwhile
+            if not (private.folder / KEY_FILE).exists():
+                _begin(private)
+    return Ledger.resume(private.folder / LEDGER_FILE, key=load_key(private), about=ABOUT, vault=private.vault)
+
+
+def load_key(private: Private) -> SigningKey:
+    """The key that signs a device's ledger."""
+    return SigningKey.load(private.folder / KEY_FILE, vault=private.vault)
 
 
 def device_receipt(home: Path, federation: str) -> Receipt:
@@ -261,7 +269,7 @@ def device_receipt(home: Path, federation: str) -> Receipt:
 
 def _receipt(home: Path, charges: Charges, federation: str) -> Receipt:
     identity = Identity.load(home)
-    key = SigningKey.load(home / KEY_FILE).derive("receipts", federation, identity.trusted_key)
+    key = load_key(unlock(home)).derive("receipts", federation, identity.trusted_key)
     return issue("device", charges, federation=federation, device=identity.name, key=key)
 
 
@@ -311,14 +319,15 @@ def purpose_of(federation: str, round_number: int, attempt: int) -> dict[str, An
     return {"federation": federation, "round": round_number, "attempt": attempt}
 
 
-def _begin(ledger_path: Path, key_path: Path) -> None:
+def _begin(private: Private) -> None:
     """The first ledger of a device, then its key: nothing can have been spent before the key is there."""
+    key_path, ledger_path = private.folder / KEY_FILE, private.folder / LEDGER_FILE
     if ledger_path.exists() and ledger_path.stat().st_size:
-        with Ledger.open(ledger_path) as left:
+        with Ledger.open(ledger_path, vault=private.vault) as left:
             if len(left.rows()) > 1:
                 raise LedgerError(
                     f"{key_path} is gone but {ledger_path} holds spends: restore the key beside its ledger"
                 )
     key = SigningKey.generate()
-    Ledger.begin(ledger_path, key=key, about=ABOUT)
-    key.save(key_path)
+    Ledger.begin(ledger_path, key=key, about=ABOUT, vault=private.vault)
+    key.save(key_path, vault=private.vault)

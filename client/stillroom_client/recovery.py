@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stillroom_client.home import Identity
-from stillroom_client.participation import ABOUT, KEY_FILE, LEDGER_FILE, Consent, open_ledger, purpose_of
+from stillroom_client.participation import ABOUT, KEY_FILE, LEDGER_FILE, Consent, load_key, open_ledger, purpose_of
+from stillroom_client.unlocking import unlock
 from stillroom_client.witness import answered
 from stillroom_shared.errors import LedgerError, LedgerLostError
 from stillroom_shared.events import event_from_json
 from stillroom_shared.files import exclusive
 from stillroom_shared.ledger import Ledger, Row
 from stillroom_shared.receipts import lost, read_receipt
-from stillroom_shared.signing import SigningKey
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,17 +62,16 @@ def recover(home: Path, content: bytes) -> Recovery:
 
 def _begin_again(home: Path) -> int:
     """A new ledger in place of one that is lost, with the rows of it that hold; how many spends those are."""
-    ledger_path = home / LEDGER_FILE
-    key = SigningKey.load(home / KEY_FILE) if (home / KEY_FILE).exists() else None
-    if key is None:
-        raise LedgerError(
-            f"{home / KEY_FILE} is gone: restore the key, without it no row can be told from a forged one"
-        )
+    private = unlock(home)
+    ledger_path, key_path = private.folder / LEDGER_FILE, private.folder / KEY_FILE
+    if not key_path.exists():
+        raise LedgerError(f"{key_path} is gone: restore the key, without it no row can be told from a forged one")
+    key = load_key(private)
     rows: list[Row] = []
-    with suppress(LedgerLostError), Ledger.open(ledger_path, public_key=key.public) as damaged:
+    with suppress(LedgerLostError), Ledger.open(ledger_path, public_key=key.public, vault=private.vault) as damaged:
         rows = damaged.genuine()
     if ledger_path.exists():
-        (home / f"{LEDGER_FILE}.damaged-{secrets.token_hex(4)}").hardlink_to(ledger_path)
+        (private.folder / f"{LEDGER_FILE}.damaged-{secrets.token_hex(4)}").hardlink_to(ledger_path)
     spends = [(event_from_json(row.fields["event"]), row.fields["purpose"]) for row in rows if row.kind == "spend"]
-    Ledger.begin(ledger_path, key=key, about=ABOUT, note={"begun_again": True}, spends=spends)
+    Ledger.begin(ledger_path, key=key, about=ABOUT, note={"begun_again": True}, spends=spends, vault=private.vault)
     return len(spends)

@@ -1,7 +1,7 @@
 """What last left this device: when, for which round, how many bytes. For its owner to see; nothing is decided by it.
 
-The ledger says what was spent, durably and before anything leaves; this says what went, after it was made, and is not worth
-an fsync: a power cut may lose it. It is kept on the device only, and a disk that cannot take it changes no answer.
+The ledger says what was spent, durably and before anything leaves; this says what went, after it was made. It is kept on the
+device only, and a disk that cannot take it changes no answer.
 """
 
 from __future__ import annotations
@@ -12,6 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+
+from stillroom_client.unlocking import unlock
+from stillroom_shared.errors import EncryptionError
 
 if TYPE_CHECKING:
     from stillroom_shared.protocol import EvaluationOrder, RoundOrder
@@ -52,18 +55,15 @@ def note_sent(home: Path, order: RoundOrder | EvaluationOrder, *, size: int, own
         size=size,
         own=own,
     )
-    partial = home / f"{SENT_FILE}.partial"
     try:
-        partial.touch(mode=0o600)
-        partial.write_text(sent.model_dump_json(indent=1) + "\n", encoding="utf-8")
-        partial.replace(home / SENT_FILE)
-    except OSError:
+        unlock(home, terminal=False).write(SENT_FILE, f"{sent.model_dump_json(indent=1)}\n".encode())
+    except (OSError, EncryptionError):
         _log.exception("what was sent could not be written down")
 
 
 def last_sent(home: Path) -> Sent | None:
     """The last answer; None before the first, or where the note of it was lost."""
     try:
-        return Sent.model_validate_json((home / SENT_FILE).read_bytes())
+        return Sent.model_validate_json(unlock(home).read(SENT_FILE))
     except (OSError, ValidationError):
         return None

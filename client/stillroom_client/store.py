@@ -26,16 +26,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import quote
 
 import numpy as np
 from numpy.typing import NDArray
 
 from stillroom_client import schema
 from stillroom_client.quantization import dequantize, quantize
+from stillroom_shared import database
 from stillroom_shared.closing import Closing
 from stillroom_shared.corpus import Passage
 from stillroom_shared.errors import DataError, NotFoundError, StoreError
+from stillroom_shared.vault import PLAIN, Vault
 
 _WAIT_SECONDS = 60.0  # for another process' write; embedding happens outside, so a write is short
 FIRST_RELEASE = "release"  # folder in the home
@@ -91,14 +92,15 @@ class Store(Closing):
     Args:
         path: a file that `Store.create` made; one of an earlier version is upgraded (`schema.py`). `DataError` when it is
             missing, damaged or of a later version.
+        vault: encrypts the file, here as at its creation.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, vault: Vault = PLAIN) -> None:
+        self.path, self.vault = path, vault
         self._lock = threading.RLock()
         if not path.is_file():
             raise DataError(f"{path} does not exist: create the device again with `stillroom index create`")
-        self._db = _connect(path)
+        self._db = _connect(path, vault)
         try:
             for pragma in ("synchronous=FULL", "foreign_keys=ON", "secure_delete=ON", "temp_store=MEMORY"):
                 self.query(f"PRAGMA {pragma}")
@@ -117,14 +119,14 @@ class Store(Closing):
             raise
 
     @classmethod
-    def create(cls, path: Path, *, dimension: int, full_dimension: int | None = None) -> None:
+    def create(cls, path: Path, *, dimension: int, full_dimension: int | None = None, vault: Vault = PLAIN) -> None:
         """Make an empty store for vectors of this dimension, readable by its owner only.
 
         Args:
             full_dimension: of the vectors that those in the store are cut from (`matryoshka.py`), where they are.
         """
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
-        db = _connect(path)
+        db = _connect(path, vault)
         try:
             # Nobody can see the file yet, so one fsync by the caller at the end is enough.
             db.execute("PRAGMA synchronous=OFF")
@@ -304,7 +306,7 @@ class Store(Closing):
 
     def twin(self) -> Store:
         """Another connection to the same file, for work that is too long to keep this one's threads waiting."""
-        return Store(self.path)
+        return Store(self.path, self.vault)
 
     def close(self) -> None:
         """Give the file back; closing twice is harmless."""
@@ -323,7 +325,7 @@ class Store(Closing):
                 finally:
                     if self._db.in_transaction:
                         self._db.execute("ROLLBACK")
-            except sqlite3.Error as error:
+            except database.errors() as error:
                 raise self._damaged(error) from error
 
     def generation(self) -> Generation:
@@ -351,14 +353,14 @@ class Store(Closing):
         with self._lock:
             try:
                 return self._db.execute(query, values).fetchall()
-            except sqlite3.Error as error:
+            except database.errors() as error:
                 raise self._damaged(error) from error
 
     def execute_many(self, query: str, values: Iterable[tuple[object, ...]]) -> None:
         """Run a statement for each tuple of values, inside `writing`."""
         self._db.executemany(query, values)
 
-    def _damaged(self, error: sqlite3.Error) -> StoreError:
+    def _damaged(self, error: Exception) -> StoreError:
         return StoreError(
             f"the store {self.path} cannot be used ({error}): free disk space, end the process that blocks it, "
             "or restore the file from a backup"
@@ -379,9 +381,8 @@ class Store(Closing):
         return vectors
 
 
-def _connect(path: Path) -> sqlite3.Connection:
-    place = f"file:{quote(str(path))}?mode=rw"  # never creates a file
-    return sqlite3.connect(place, uri=True, timeout=_WAIT_SECONDS, isolation_level=None, check_same_thread=False)
+def _connect(path: Path, vault: Vault) -> sqlite3.Connection:
+    return database.connect(path, vault.database_key("store"), timeout=_WAIT_SECONDS, shared=True)
 
 
 def digest_of(passage: Passage) -> bytes:

@@ -103,12 +103,17 @@ def _folder(found: Walk, root: Path) -> None:
         except OSError as error:
             found.remark("failed", folder, f"cannot be read ({_why(error)}): what is indexed of it stays")
             continue
-        if folder != root and any(entry.name in _MARKS for entry in inside):
+        if folder != root and any(entry.name in _MARKS or _is_sealed(entry) for entry in inside):
             found.hidden += 1
             continue
         pending += reversed(list(_folders(found, inside)))
         for entry in inside:
             _entry(found, entry)
+
+
+def _is_sealed(entry: os.DirEntry[str]) -> bool:
+    """Whether this is where an encrypted home keeps its files."""
+    return entry.name == "sealed" and Path(entry, "key.json").exists()
 
 
 def _folders(found: Walk, inside: list[os.DirEntry[str]]) -> Iterator[Path]:

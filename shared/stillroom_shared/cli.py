@@ -53,6 +53,8 @@ EXTRA_OF = {
     "mcp": "mcp",
     "langchain_core": "langchain",
     "llama_index": "llamaindex",
+    "keyring": "encrypted",
+    "sqlcipher3": "encrypted",
 }
 
 

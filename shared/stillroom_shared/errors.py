@@ -24,6 +24,10 @@ class StoreError(DataError):
     """The store of a device cannot be used now: blocked by another process, on a full disk, or damaged."""
 
 
+class EncryptionError(StillroomError):
+    """A home is encrypted, and its key is not at hand or does not fit; or what it sealed was altered."""
+
+
 class ReleaseError(StillroomError):
     """A release or an adapter is incomplete, altered or signed by a key that is not trusted."""
 

@@ -34,6 +34,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from stillroom_shared import database
 from stillroom_shared.accounting import epsilon
 from stillroom_shared.closing import Closing
 from stillroom_shared.errors import BudgetError, LedgerError, LedgerLostError
@@ -41,6 +42,7 @@ from stillroom_shared.events import Event, event_from_json, event_to_json, in_on
 from stillroom_shared.files import exclusive, sync
 from stillroom_shared.signing import SigningKey, verify
 from stillroom_shared.statement import printed_epsilon
+from stillroom_shared.vault import PLAIN, Vault
 
 RowKind = Literal["genesis", "spend", "note"]
 _GENESIS_LINK = "0" * 64
@@ -117,20 +119,18 @@ class Ledger(Closing):
     (1, True)
     """
 
-    def __init__(self, path: Path, *, key: SigningKey | None, public_key: str) -> None:
+    def __init__(self, path: Path, *, key: SigningKey | None, public_key: str, vault: Vault = PLAIN) -> None:
         self.path = path
         self._key = key
         self._public_key = public_key
-        # mode=rw: a file that vanished meanwhile must not come back empty.
-        self._connection = sqlite3.connect(
-            f"{path.absolute().as_uri()}?mode=rw", uri=True, timeout=30.0, isolation_level=None
-        )
+        # Never created: a file that vanished meanwhile must not come back empty.
+        self._connection = database.connect(path, vault.database_key("ledger"), timeout=30.0)
         self._connection.execute("PRAGMA synchronous=EXTRA")
         # A rollback journal, not a write-ahead log: the one file is the ledger, whoever copies it.
         self._connection.execute("PRAGMA journal_mode=DELETE")
 
     @classmethod
-    def create(cls, path: Path, *, key: SigningKey, about: dict[str, Any]) -> Ledger:
+    def create(cls, path: Path, *, key: SigningKey, about: dict[str, Any], vault: Vault = PLAIN) -> Ledger:
         """Open the ledger at `path` for writing, with a signed genesis row if there is no such file yet.
 
         An existing ledger is verified first; one whose genesis says something else than `about` is refused.
@@ -139,8 +139,8 @@ class Ledger(Closing):
         if not path.exists():
             with exclusive(path.parent):
                 if not path.exists():
-                    cls.begin(path, key=key, about=about)
-        return cls.resume(path, key=key, about=about)
+                    cls.begin(path, key=key, about=about, vault=vault)
+        return cls.resume(path, key=key, about=about, vault=vault)
 
     @classmethod
     def begin(
@@ -151,28 +151,30 @@ class Ledger(Closing):
         about: dict[str, Any],
         note: dict[str, Any] | None = None,
         spends: Sequence[tuple[Event, dict[str, Any]]] = (),
+        vault: Vault = PLAIN,
     ) -> None:
         """Write a new ledger, whole or not at all, in place of what is there. One caller at a time (`files.exclusive`).
 
         Args:
             note, spends: what follows the genesis; see `recover`.
+            vault: encrypts the file, as wherever a ledger is opened.
         """
         partial = path.with_name(f"{path.name}.partial")
         for stale in (partial, _journal(partial), _journal(path)):
             stale.unlink(missing_ok=True)  # the journal of another file would be played back into this one
         partial.touch(mode=0o600)
         try:
-            with cls(partial, key=key, public_key=key.public) as ledger, ledger._writing():
+            with cls(partial, key=key, public_key=key.public, vault=vault) as ledger, ledger._writing():
                 ledger._connection.execute(_SCHEMA)
                 ledger._append("genesis", {"about": about, "key": key.public})
                 ledger._replay(note, spends)
-        except sqlite3.Error as error:
+        except database.errors() as error:
             raise LedgerError(f"{path} cannot be written ({error}): nothing may be released; free the disk") from error
         partial.rename(path)
         sync(path.parent)
 
     @classmethod
-    def resume(cls, path: Path, *, key: SigningKey, about: dict[str, Any]) -> Ledger:
+    def resume(cls, path: Path, *, key: SigningKey, about: dict[str, Any], vault: Vault = PLAIN) -> Ledger:
         """Open an existing ledger for writing, verified.
 
         Raises:
@@ -181,7 +183,7 @@ class Ledger(Closing):
         """
         if not path.is_file() or not path.stat().st_size:
             raise LedgerLostError(f"{path} is gone or was emptied: what was spent is unknown; {_REMEDY}")
-        ledger = cls._connect(path, key=key, public_key=key.public)
+        ledger = cls._connect(path, key=key, public_key=key.public, vault=vault)
         try:
             ledger.verify()
             if (found := ledger.rows()[0].fields.get("about")) != about:
@@ -194,11 +196,11 @@ class Ledger(Closing):
         return ledger
 
     @classmethod
-    def open(cls, path: Path, *, public_key: str | None = None) -> Ledger:
+    def open(cls, path: Path, *, public_key: str | None = None, vault: Vault = PLAIN) -> Ledger:
         """Open an existing ledger for reading; the key is pinned by the caller, or taken from the genesis row."""
         if not path.is_file():
             raise LedgerLostError(f"no ledger at {path}: check the path, or {_REMEDY}")
-        ledger = cls._connect(path, key=None, public_key=public_key or "")
+        ledger = cls._connect(path, key=None, public_key=public_key or "", vault=vault)
         if public_key is None:
             try:
                 for row in ledger.rows()[:1]:  # an empty one is for `verify` to refuse
@@ -209,10 +211,10 @@ class Ledger(Closing):
         return ledger
 
     @classmethod
-    def _connect(cls, path: Path, *, key: SigningKey | None, public_key: str) -> Ledger:
+    def _connect(cls, path: Path, *, key: SigningKey | None, public_key: str, vault: Vault) -> Ledger:
         try:
-            return cls(path, key=key, public_key=public_key)
-        except sqlite3.Error as error:
+            return cls(path, key=key, public_key=public_key, vault=vault)
+        except database.errors() as error:
             raise _unreadable(path, error) from error
 
     @property
@@ -266,7 +268,7 @@ class Ledger(Closing):
         """Every row, in order."""
         try:
             found = list(self._connection.execute(f"SELECT {_COLUMNS} FROM ledger ORDER BY seq"))
-        except (sqlite3.Error, UnicodeError) as error:
+        except database.errors(UnicodeError) as error:
             raise _unreadable(self.path, error) from error
         return [Row(*row) for row in found]
 
@@ -286,7 +288,7 @@ class Ledger(Closing):
                 row = Row(*columns)
                 if _problem(row, row.seq, row.link, self._public_key) is None:
                     found.append(row)
-        except (sqlite3.Error, UnicodeError) as error:
+        except database.errors(UnicodeError) as error:
             if not isinstance(problem := _unreadable(self.path, error), LedgerLostError):
                 raise problem from error
         return found
@@ -341,7 +343,7 @@ class Ledger(Closing):
         except BaseException as error:
             if self._connection.in_transaction:
                 self._connection.execute("ROLLBACK")
-            if isinstance(error, sqlite3.Error):
+            if isinstance(error, database.errors()):
                 raise LedgerError(
                     f"{self.path} was not written ({error}): nothing may be released; free the disk"
                 ) from error

@@ -21,6 +21,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 
 from stillroom_shared.errors import ReleaseError
 from stillroom_shared.files import sync
+from stillroom_shared.vault import PLAIN, Vault
 
 
 @dataclass(frozen=True)
@@ -40,10 +41,10 @@ class SigningKey:
         return cls(Ed25519PrivateKey.generate())
 
     @classmethod
-    def load(cls, path: Path) -> SigningKey:
+    def load(cls, path: Path, *, vault: Vault = PLAIN) -> SigningKey:
         """Read what `save` wrote."""
         try:
-            secret = load_pem_private_key(path.read_bytes(), password=None)
+            secret = load_pem_private_key(vault.open(path.name, path.read_bytes()), password=None)
         except (OSError, ValueError, TypeError) as error:
             raise ReleaseError(f"{path} holds no signing key ({error}): name a file that Stillroom wrote") from error
         if not isinstance(secret, Ed25519PrivateKey):
@@ -57,8 +58,8 @@ class SigningKey:
             cls.generate().save(path)
         return cls.load(path)
 
-    def save(self, path: Path) -> None:
-        """Write the key as PKCS#8 PEM, readable by its owner only; refuse to overwrite a file.
+    def save(self, path: Path, *, vault: Vault = PLAIN) -> None:
+        """Write the key as PKCS#8 PEM, sealed by the vault, readable by its owner only; refuse to overwrite a file.
 
         Overwriting would lose the only key that existing releases, or a ledger, can be continued with.
         """
@@ -66,7 +67,7 @@ class SigningKey:
         partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
         try:
             with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-                file.write(text)
+                file.writelines(vault.seal(path.name, text))
                 file.flush()
                 os.fsync(file.fileno())
             # Whole or absent, and never over another key: a torn one could not be used or replaced.

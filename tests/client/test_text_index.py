@@ -208,7 +208,7 @@ def test_a_full_disk_does_not_stop_the_search(tmp_path: Path, monkeypatch: pytes
         raise OSError(28, "No space left on device")
 
     store = store_of(tmp_path, TEXTS)
-    monkeypatch.setattr("stillroom_client.derived.write_index", full)
+    monkeypatch.setattr("stillroom_client.derived.write_words", full)
     assert found(tmp_path, store, "tapir") == ["tapir"] and state(tmp_path, store) == "missing"
 
 

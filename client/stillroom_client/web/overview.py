@@ -12,6 +12,7 @@ from stillroom_client.budget import budget_report
 from stillroom_client.device import Device
 from stillroom_client.participation import LEDGER_FILE, Consent
 from stillroom_client.sent import last_sent
+from stillroom_client.unlocking import unlock
 from stillroom_shared.errors import MissingExtraError, StillroomError
 from stillroom_shared.ledger import Ledger, Row
 from stillroom_shared.statement import PrivacyStatement
@@ -64,9 +65,10 @@ def _stated(statement: Any) -> dict[str, Any]:
 
 def _attempts(home: Path) -> list[dict[str, Any]]:
     """What was asked of this device and what became of it, latest first."""
-    if not (home / LEDGER_FILE).exists():
+    private = unlock(home)
+    if not (private.folder / LEDGER_FILE).exists():
         return []
-    with Ledger.open(home / LEDGER_FILE) as ledger:
+    with Ledger.open(private.folder / LEDGER_FILE, vault=private.vault) as ledger:
         found = [shown for row in ledger.rows() if (shown := _attempt(row))]
     return found[: -_ATTEMPTS - 1 : -1]
 
