@@ -43,6 +43,9 @@ def serve(
         typer.Option(metavar="HOST:PORT", help="gRPC on loopback, with TLS and a token, not on the home's socket."),
     ] = "",
     workers: Annotated[int, typer.Option(min=1, max=64, help="gRPC searches that run at the same time.")] = 2,
+    cache: Annotated[
+        bool, typer.Option(help="Answer a query that was asked before from memory, until documents change.")
+    ] = True,
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port of the web page; 0 takes a free one.")] = 0,
     open_page: Annotated[bool, typer.Option("--open", help="Open the page in your browser.")] = False,
     quiet: Annotated[
@@ -50,9 +53,10 @@ def serve(
     ] = False,
 ) -> None:
     """Serve a device to other programs of yours over gRPC, or to you as a web page; until Ctrl-C. Nothing leaves it."""
+    from stillroom_client.cache import CacheLimits
     from stillroom_client.device import Device
 
-    with Device.open(home) as device:
+    with Device.open(home, cache=CacheLimits() if cache else CacheLimits(entries=0)) as device:
         served: list[_Grpc | _Page] = []
         if grpc or tcp or not web:
             served.append(_Grpc(device, tcp, workers))

@@ -327,6 +327,7 @@ def bench_search(
     ] = 100_000,
     questions: Annotated[int, typer.Option(min=50, help="Dev questions to ask.")] = 500,
     others: Annotated[bool, typer.Option(help="Compare with others (extra `compare`).")] = True,
+    load: Annotated[float, typer.Option(min=0, help="Seconds to serve 64 clients for; 0: not at all.")] = 60,
 ) -> None:
     """Measure search on a device, beside other searches on the same passages and questions, in one run."""
     _only_our_own_progress()
@@ -338,7 +339,7 @@ def bench_search(
 
     words = [*(f"--data {path.name}" for path in data), f"--passages {passages}", f"--questions {questions}"]
     made = measure(
-        Asked(release, data, folder, passages, questions, others), out=out, console=Console(highlight=False),
+        Asked(release, data, folder, passages, questions, others, load), out=out, console=Console(highlight=False),
         command=" ".join(["stillroom bench search", *words, *([] if others else ["--no-others"])]),
     )  # fmt: skip
     show(made, console=Console(), chart=chart)

@@ -248,7 +248,7 @@ def processor_seconds(pid: int) -> float:
 def _served(home: Path, workers: int) -> Iterator[subprocess.Popen[str]]:
     """`stillroom serve`, from when it answers."""
     code = "from stillroom_shared.cli import main; main()"
-    command = [sys.executable, "-c", code, "serve", "--home", str(home), "--workers", str(workers)]
+    command = [sys.executable, "-c", code, "serve", "--home", str(home), "--workers", str(workers), "--no-cache"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None and process.stderr is not None

@@ -104,7 +104,7 @@ def test_the_whole_benchmark_on_a_small_set(
     """Guards against figures that are not of this run, and a second run that embeds again."""
     monkeypatch.setattr(scale, "SIZES", (100, 400))
     monkeypatch.setattr("stillroom_simulations.search_bench.run._ADDED", 64)
-    asked = Asked(tiny_release.folder, [folder], tmp_path / "runs", 400, 10, compare=False)
+    asked = Asked(tiny_release.folder, [folder], tmp_path / "runs", 400, 10, compare=False, load_seconds=1)
     console = Console(quiet=True)
     made = bench_search(asked, out=tmp_path / "search.json", console=console, command="bench")
     assert json.loads((tmp_path / "search.json").read_text()) == made
@@ -112,6 +112,7 @@ def test_the_whole_benchmark_on_a_small_set(
     assert [size["passages"] for size in figures["growth"]] == [100, 240, 400]
     assert set(figures["engines"]) == {"stillroom hybrid", "stillroom dense", "stillroom bm25"}
     assert figures["engines"]["stillroom bm25"]["ndcg_at_10"] == 1  # the words are in no other document
+    assert figures["serving"]["open"]["searches"] > 0 and figures["serving"]["open"]["errors"] == {}
     assert figures["resident_mb"] > 20 and figures["added_a_second"] > 0
     monkeypatch.setattr("stillroom_client.encoder.Encoder.encode_documents", None)
     monkeypatch.setattr(scale, "adding", lambda *_: (1.0, 1.0))

@@ -37,6 +37,15 @@ def show(made: Mapping[str, Any], *, console: Console, chart: Path) -> None:
         parts = (f"{size[name]:.0f}" for name in ("store_bytes", "vector_bytes", "word_bytes"))
         table.add_row(f"{size['passages']:,}", f"{size['milliseconds']:.3f}", *parts, size["kind"])
     console.print(table)
+    if served := figures.get("serving"):
+        table = Table(
+            "served", "searches a second", "p50 ms", "p90 ms", "p99 ms", "errors", title=f"{served['clients']} clients"
+        )
+        for name in ("closed", "open"):
+            of = served[name]
+            times = (f"{of[part]:.1f}" for part in ("p50_ms", "p90_ms", "p99_ms"))
+            table.add_row(f"{name} loop", f"{of['answered_per_second']:.0f}", *times, str(sum(of["errors"].values())))
+        console.print(table)
     table = Table("goal", "measured", "holds")
     for goal in figures["goals"]:
         table.add_row(goal["goal"], f"{goal['value']:.3g}" if "value" in goal else "", "yes" if goal["holds"] else "no")

@@ -25,6 +25,7 @@ from stillroom_simulations.search_bench import engines, scale
 from stillroom_simulations.search_bench.engines import Engine
 from stillroom_simulations.search_bench.latency import Timed, compare
 from stillroom_simulations.search_bench.texts import Texts, drawn, load
+from stillroom_simulations.serving_load import serving_load
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -33,11 +34,13 @@ Vectors = NDArray[np.float32]
 _KIND_QUERIES = 300
 _ADDED = 2_000
 _SHARD = 1_000
+_CLIENTS = 64
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What to measure: the release, BEIR folders, how far to grow, and which others to compare with."""
+    """What to measure: the release, BEIR folders, how far to grow, whether others are compared with, and for how many seconds
+    clients are served (0: not at all)."""
 
     release: Path
     data: Sequence[Path]
@@ -45,6 +48,7 @@ class Asked:
     passages: int
     questions: int
     compare: bool
+    load_seconds: float
 
 
 def bench_search(asked: Asked, *, out: Path, console: Console, command: str) -> dict[str, Any]:
@@ -68,6 +72,10 @@ def bench_search(asked: Asked, *, out: Path, console: Console, command: str) -> 
             ready += _others(texts, asked.folder, console)
         timed = compare(ready, texts, report=_line(console, "asking"))
         figures["engines"] = {engine.name: _figures(engine, timed[engine.name]) for engine in ready}
+        if asked.load_seconds:
+            console.print(f"serving {_CLIENTS} clients", markup=False)
+            load = serving_load(home, [q.text for q in texts.questions], asked.load_seconds, _CLIENTS)
+            figures["serving"] = asdict(load) | {"tail": load.tail, "growth": load.growth}
         figures["resident_mb"], figures["resident_most_mb"] = scale.resident(home)
         ours, theirs = scale.adding(release, _unseen(texts), _emptied(asked.folder / "adding"))
         figures["added_a_second"], figures["padded_onnx_a_second"] = ours, theirs
@@ -140,6 +148,13 @@ def goals(figures: Mapping[str, Any], timed: Mapping[str, Timed]) -> list[dict[s
                 _at_most(f"{kind}: bytes a passage", found["bytes"], most),
                 _at_least(f"{kind}: Recall@10", found["recall"], recall),
             ]
+    if "serving" in figures:
+        served = figures["serving"]
+        judged += [
+            _at_most(f"errors of {served['clients']} clients", sum(served["open"]["errors"].values()), 0),
+            _at_most("served: p99 / p50 at half of the capacity", served["tail"], 8),
+            _at_most("served: memory after / before", served["growth"], 1.1),
+        ]
     if "at_most" in figures:
         large = figures["at_most"]
         judged.append(_at_most(f"hybrid p50 at {large['passages']:,}, ms", large["stillroom hybrid"]["p50_ms"], 8))

@@ -116,7 +116,7 @@ from pathlib import Path
 from stillroom_client.device import Device
 with Device.open(Path(sys.argv[1])) as device:
     for n in range(200):
-        device.search(f"what is known of treatment {n}")
+        device.search(f"what is known of treatment {n}", cached=False)
     status = Path("/proc/self/status").read_text()
     print(*(next(line.split()[1] for line in status.splitlines() if line.startswith(name)) for name in ("VmRSS", "VmHWM")))
 """
