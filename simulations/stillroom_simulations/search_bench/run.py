@@ -74,8 +74,8 @@ def bench_search(asked: Asked, *, out: Path, console: Console, command: str) -> 
         figures["engines"] = {engine.name: _figures(engine, timed[engine.name]) for engine in ready}
         if asked.load_seconds:
             console.print(f"serving {_CLIENTS} clients", markup=False)
-            load = serving_load(home, [q.text for q in texts.questions], asked.load_seconds, _CLIENTS)
-            figures["serving"] = asdict(load) | {"tail": load.tail, "growth": load.growth}
+            served = serving_load(home, [q.text for q in texts.questions], asked.load_seconds, _CLIENTS)
+            figures["serving"] = asdict(served) | {"tail": served.tail, "growth": served.growth}
         figures["resident_mb"], figures["resident_most_mb"] = scale.resident(home)
         ours, theirs = scale.adding(release, _unseen(texts), _emptied(asked.folder / "adding"))
         figures["added_a_second"], figures["padded_onnx_a_second"] = ours, theirs
