@@ -15,6 +15,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -97,7 +98,7 @@ class Indexes:
     def settings(self) -> IndexSettings:
         """What the owner asks of the vector index."""
         found = self._store.query("SELECT value FROM meta WHERE key = ?", (_SETTINGS,))
-        return IndexSettings.model_validate_json(found[0][0]) if found else IndexSettings()
+        return _settings_of(found[0][0] if found else "{}")
 
     @settings.setter
     def settings(self, asked: IndexSettings) -> None:
@@ -288,6 +289,11 @@ class Indexes:
             found = load_words(self._words_folder, generation, self._vault)
             self._words = found if isinstance(found, TextIndex) else None
         return self._words
+
+
+@lru_cache(maxsize=8)
+def _settings_of(text: str) -> IndexSettings:
+    return IndexSettings.model_validate_json(text)
 
 
 def build(store: Store, generation: Generation, kind: Kind, *, table: str = "vectors") -> Base:

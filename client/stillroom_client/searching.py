@@ -37,9 +37,8 @@ def search(
     while True:
         in_use, encoder = device.towers(dense=mode != "bm25")
         reranker = device.reranker if rerank else None
-        with store.reading() as generation:
-            # What encodes is noted before it does: an answer that a new adapter overtakes is then one of the old.
-            question = Question(generation, k, mode, condition, encoder.state if encoder else 0, rerank)
+        # What encodes is noted before it does: an answer that a new adapter overtakes is then one of the old.
+        question = Question(store.generation(), k, mode, condition, encoder.state if encoder else 0, rerank)
         if cached and (known := device.cache.same(question, text)) is not None:
             return known
         vectors = None

@@ -330,7 +330,9 @@ class Store(Closing):
 
     def generation(self) -> Generation:
         """The present one; it stays inside a transaction."""
-        return Generation(int(self._meta("generation")), str(self._meta("stamp")))
+        # One statement sees one state, also outside of a transaction.
+        (number,), (stamp,) = self.query("SELECT value FROM meta WHERE key IN ('generation', 'stamp') ORDER BY key")
+        return Generation(int(number), str(stamp))
 
     def advance(self, generation: Generation) -> Generation:
         """Begin the next generation, inside `writing`. For the modules that write here beside this one."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from stillroom_shared.statement import READERS, printed_epsilon
+from stillroom_simulations.search_bench.tables import of_search
 from stillroom_simulations.utility_chart import FAMILIES
 
 _BLOCK = re.compile(r"(<!-- figures: (?P<file>\S+) -->\n).*?(<!-- end of figures -->)", re.DOTALL)
@@ -49,7 +50,8 @@ def refresh(page: str, root: Path) -> str:
 
 def render(benchmark: dict[str, Any]) -> str:
     """The tables of a benchmark file, and the lines that say what they were measured on."""
-    return _of_privacy(benchmark) if benchmark["name"] == "privacy" else _of_demo(benchmark)
+    drawn = {"privacy": _of_privacy, "search": of_search}
+    return drawn.get(benchmark["name"], _of_demo)(benchmark)
 
 
 def _of_privacy(benchmark: dict[str, Any]) -> str:

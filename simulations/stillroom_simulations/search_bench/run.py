@@ -87,7 +87,7 @@ def bench_search(asked: Asked, *, out: Path, console: Console, command: str) -> 
     figures["growth"] = scale.as_json(grown)
     figures["goals"] = goals(figures, timed)
     made = {
-        "command": command, "date": datetime.now(UTC).isoformat(timespec="seconds"), "commit": commit(),
+        "name": "search", "command": command, "date": datetime.now(UTC).isoformat(timespec="seconds"), "commit": commit(),
         "machine": machine(os.cpu_count() or 1), "load": os.getloadavg()[0], "versions": versions(),
         "release": release.id, "data": [folder.name for folder in asked.data], "passages": len(texts.pieces),
         "questions": len(texts.questions), "figures": figures,
