@@ -6,18 +6,18 @@ Only typer is imported here; what a command needs is imported when it runs (`sti
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import shlex
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from stillroom_client import encryption_cli
-from stillroom_client.index_cli import compact, tune, upgrade
-from stillroom_client.options import AsJson, Home
+from stillroom_client.feedback_cli import erase, list_feedback, opened
+from stillroom_client.index_cli import compact, doctor, tune, upgrade
+from stillroom_client.options import AsJson, Home, print_json
 from stillroom_client.serve_cli import mcp, serve
 
 
@@ -83,7 +83,7 @@ def search(
 
     if as_json:
         shown = [(hit, snippet(hit.text, query)) for hit in hits]
-        _print_json([dataclasses.asdict(h) | {"snippet": s, "highlights": highlights(s, query)} for h, s in shown])
+        print_json([dataclasses.asdict(h) | {"snippet": s, "highlights": highlights(s, query)} for h, s in shown])
         return
     if not hits:
         typer.echo(
@@ -211,7 +211,7 @@ def status(home: Home, as_json: AsJson = False) -> None:
         held["encryption"] = encryption_cli.ways_in(home)
         held["adapter_round"] = adapter.round if adapter else release.manifest.adapter_round
     if as_json:
-        _print_json(held)
+        print_json(held)
         return
     from stillroom_client.show import plain
 
@@ -231,65 +231,6 @@ def status(home: Home, as_json: AsJson = False) -> None:
         "encryption": f"by {held['encryption']}" if held["encryption"] != "none" else "none",
     }.items():
         typer.echo(f"{label:10} {value}")
-
-
-def doctor(
-    home: Home,
-    goal: Annotated[float, typer.Option(min=0, max=1, help="Recall@10 to hold, against exact search.")] = 0.97,
-    as_json: AsJson = False,
-) -> None:
-    """Check an index: recall against exact search on your own queries, speed, size, integrity; say what to change."""
-    from stillroom_client.device import Device
-    from stillroom_client.doctor import examine
-    from stillroom_client.show_doctor import report_lines, to_json
-
-    with Device.open(home) as device:
-        found = examine(device, goal=goal)
-    if as_json:
-        _print_json(to_json(found))
-    else:
-        for line in report_lines(found):
-            typer.echo(line)
-    if not found.well:
-        raise typer.Exit(1)
-
-
-def opened(
-    query: Annotated[str, typer.Argument(help="What you searched for.")],
-    passage_id: Annotated[str, typer.Argument(help="The passage you opened, as `search` shows it.")],
-    home: Home,
-) -> None:
-    """Keep that you opened a result; the device learns from it in rounds it takes part in."""
-    from stillroom_client.device import Device
-
-    with Device.open(home) as device:
-        device.record([(query, passage_id)])
-        typer.echo(f"kept on this device: {len(device.feedback()):,} opened results")
-
-
-def list_feedback(home: Home, as_json: AsJson = False) -> None:
-    """Show which results you opened, latest last."""
-    from stillroom_client.device import Device
-
-    with Device.open(home) as device:
-        pairs = device.feedback()
-    if as_json:
-        _print_json([pair._asdict() for pair in pairs])
-        return
-    from stillroom_client.show import plain
-
-    for pair in pairs:
-        typer.echo(f"{plain(pair.query)}  ->  {plain(pair.passage_id)}")
-    if not pairs:
-        typer.echo("nothing was opened yet")
-
-
-def erase(home: Home) -> None:
-    """Forget which results you opened, on the disk too."""
-    from stillroom_client.device import Device
-
-    with Device.open(home) as device:
-        typer.echo(f"{device.erase_feedback():,} opened results erased")
 
 
 def budget(
@@ -335,7 +276,7 @@ def budget(
             )
     report = budget_report(home)
     if as_json:
-        _print_json(report.to_json())
+        print_json(report.to_json())
         return
     from rich.console import Console
 
@@ -351,7 +292,3 @@ def _state(state: str) -> str:
 
 def _home_option(home: Path) -> str:
     return f"--home {shlex.quote(str(home))}"
-
-
-def _print_json(value: Any) -> None:
-    typer.echo(json.dumps(value, ensure_ascii=False, indent=1))

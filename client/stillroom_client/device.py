@@ -8,10 +8,9 @@ nothing committed is lost and nothing half-written is served. Threads and proces
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -25,17 +24,14 @@ from stillroom_client.encrypting import Protection
 from stillroom_client.home import (
     STORE_NAME,
     Identity,
-    adapter_folder,
-    adapter_in_use,
     create_home,
-    replace_adapter,
 )
 from stillroom_client.index_plan import IndexSettings
-from stillroom_client.matryoshka import chosen_dimension, prefix
+from stillroom_client.matryoshka import chosen_dimension
 from stillroom_client.ranking import Hit, Mode
-from stillroom_client.rerank import Reranker
 from stillroom_client.searching import search
-from stillroom_client.store import Change, Feedback, InUse, Store, TowerChangedError
+from stillroom_client.store import Change, Feedback, Store, TowerChangedError
+from stillroom_client.towers import Towers
 from stillroom_client.unlocking import unlock
 from stillroom_client.upgrade import Upgraded, drop_replaced, upgrade
 from stillroom_shared.closing import Closing
@@ -79,12 +75,7 @@ class Device(Closing):
         self.threads = threads
         self._indexes = Indexes(store.path.parent, store)
         self.cache = AnswerCache(cache or CacheLimits())
-        self._in_use = self._stored_in_use()
-        self._release: Release | None = None
-        self._encoder: Encoder | None = None
-        self._adapter_folder: str | None = None
-        self._reranker: Reranker | None = None
-        self._lock = threading.RLock()
+        self.towers = Towers(home, identity, store, threads=threads)
 
     @classmethod
     def create(
@@ -145,12 +136,7 @@ class Device(Closing):
         store = Store(private.folder / STORE_NAME, private.vault)
         device = cls(home, identity, store, threads=threads, cache=cache)
         if release is not None:
-            trusted = release.manifest.public_key == device.identity.trusted_key
-            if not trusted or release.folder != (home / device._in_use.folder).resolve():
-                raise ReleaseError(
-                    f"{release.folder} is not the release that {home} links to: open the home without it"
-                )
-            device._release = device._fitting(release)
+            device.towers.take(release)
         return device
 
     @staticmethod
@@ -161,88 +147,22 @@ class Device(Closing):
     @property
     def release(self) -> Release:
         """The release, verified on first use; `ReleaseError` when it does not hold or its document tower is another."""
-        with self._lock:
-            if self._release is None:
-                self._release = self._fitting(
-                    open_release(self.home / self._in_use.folder, trusted_key=self.identity.trusted_key)
-                )
-            return self._release
-
-    def _stored_in_use(self) -> InUse:
-        found = self.store.in_use()
-        return found if found.tower else replace(found, tower=self.identity.document_tower_hash)
-
-    def _follow(self) -> InUse:
-        """Take over the release and the adapter that another thread or process put in use since; what is in use now.
-
-        Only what begins with documents or a query follows: whoever holds vectors must learn that they are of another tower.
-        """
-        now = self._stored_in_use()
-        with self._lock:
-            if now != self._in_use:
-                self._in_use, self._release, self._encoder, self._reranker = now, None, None, None
-            elif self._encoder is not None and adapter_folder(self.home, now.folder) != self._adapter_folder:
-                self._adapt(self._encoder)
-        return now
-
-    def _adapt(self, encoder: Encoder) -> None:
-        self._adapter_folder = adapter_folder(self.home, self._in_use.folder)
-        sealed = self.adapter
-        encoder.adopt(sealed.adapter if sealed else None)
-
-    def _refuse_another_release(self) -> None:
-        """Inside a transaction: `ReleaseError` when vectors that were made for this device no longer fit its index."""
-        if (now := self._stored_in_use()) != self._in_use:
-            raise ReleaseError(
-                f"{self.home} moved on to the release in {now.folder!r}: begin again with a device opened anew"
-            )
-
-    def _fitting(self, release: Release) -> Release:
-        """The release, if the index was built with its document tower."""
-        if release.document_tower_hash != self._in_use.tower:
-            raise ReleaseError(
-                f"release {release.id} has document tower {release.document_tower_hash}, the index in {self.home} "
-                f"was built with {self._in_use.tower}: restore the earlier release, then "
-                "`stillroom index upgrade` embeds the documents anew"
-            )
-        return release
+        return self.towers.release
 
     @property
     def adapter(self) -> SealedAdapter | None:
         """The adapter in use, verified against the release; None before the first."""
-        return adapter_in_use(self.home, self._in_use.folder, self.release, self.identity.trusted_key)
+        return self.towers.adapter
 
     @property
     def encoder(self) -> Encoder:
         """The release's towers in int8 with the adapter in use, loaded on first use."""
-        with self._lock:
-            if self._encoder is None:
-                encoder = Encoder(self.release, precision="int8", threads=self.threads)
-                self._adapt(encoder)
-                self._encoder = encoder
-            return self._encoder
-
-    @property
-    def reranker(self) -> Reranker:
-        """The release's cross-encoder, loaded on first use; `ReleaseError` if it brings none."""
-        with self._lock:
-            if self._reranker is None:
-                self._reranker = Reranker(self.release, threads=self.threads)
-            return self._reranker
+        return self.towers.encoder
 
     @property
     def indexes(self) -> Indexes:
         """The derived files, for the modules that look after them."""
         return self._indexes
-
-    def towers(self, *, dense: bool) -> tuple[InUse, Encoder | None]:
-        """The release in use now, and its encoder where vectors are needed."""
-        with self._lock:
-            return self._follow(), self.encoder if dense else None
-
-    def still(self, in_use: InUse) -> bool:
-        """Inside a transaction: whether the index is of the towers that were asked for before it."""
-        return self._stored_in_use() == in_use
 
     def add(self, passages: Iterable[Passage], vectors: NDArray[np.float32] | None = None) -> Change:
         """Add or replace passages as one generation; one that is stored already is neither embedded nor touched.
@@ -252,7 +172,7 @@ class Device(Closing):
         """
         wanted = list(passages)
         if vectors is not None:
-            return self.store.put(wanted, self.shortened(vectors), tower=self._in_use.tower)
+            return self.store.put(wanted, self.towers.shortened(vectors), tower=self.towers.in_use.tower)
         if not (fresh := self.store.changed(wanted)):
             return Change(0, 0, len(wanted))
         while True:
@@ -263,18 +183,14 @@ class Device(Closing):
 
     def embed(self, passages: Sequence[Passage]) -> Embedded:
         """The vectors of passages (n, dim), by the document tower of the release in use."""
-        with self._lock:
-            tower, encoder = self._follow().tower, self.encoder
+        in_use, encoder = self.towers.now(dense=True)
+        assert encoder is not None
         vectors = encoder.encode_documents([passage.full_text for passage in passages])
-        return Embedded(self.shortened(vectors), tower)
+        return Embedded(self.towers.shortened(vectors), in_use.tower)
 
     def embed_queries(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """The vectors of queries (n, dim), by the release's query tower with the adapter in use."""
-        return self.shortened(self.encoder.encode_queries(texts))
-
-    def shortened(self, vectors: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Vectors of the release (n, full) as this index has them (n, dim)."""
-        return prefix(vectors, self.store.dimension, full=self.store.full_dimension)
+        return self.towers.shortened(self.encoder.encode_queries(texts))
 
     def remove(self, ids: Iterable[str]) -> int:
         """Remove passages with their vectors and feedback; how many there were."""
@@ -311,8 +227,8 @@ class Device(Closing):
     def search_many(self, vectors: NDArray[np.float32], k: int = 10) -> list[list[str]]:
         """Passage ids for each of many query vectors (n, dim), best first: what evaluation needs."""
         with self._indexes.vectors() as index:
-            self._refuse_another_release()
-            _, rows = index.search(self.shortened(vectors), k)
+            self.towers.refuse_another()
+            _, rows = index.search(self.towers.shortened(vectors), k)
             names = self.store.names(np.unique(rows))
         return [[names[row] for row in own] for own in rows.tolist()]
 
@@ -322,8 +238,8 @@ class Device(Closing):
         From the raw index, without filter or cache, each row from its own query vector alone.
         """
         with self._indexes.vectors() as index:
-            self._refuse_another_release()
-            _, rows = index.search(self.shortened(vectors), k)  # (n, m)
+            self.towers.refuse_another()
+            _, rows = index.search(self.towers.shortened(vectors), k)  # (n, m)
             known, stored = self.store.vectors(np.unique(rows))
             names = self.store.names(known)
         return [[names[row] for row in own] for own in rows.tolist()], stored[np.searchsorted(known, rows)]
@@ -331,7 +247,7 @@ class Device(Closing):
     def vectors_of(self, ids: Sequence[str]) -> NDArray[np.float32]:
         """Stored vectors of passages (n, dim); `DataError` names the first that is not stored."""
         with self.store.reading():
-            self._refuse_another_release()
+            self.towers.refuse_another()
             rows = self.store.rows(ids)
             known, stored = self.store.vectors(np.unique(rows))
         return stored[np.searchsorted(known, rows)]
@@ -354,17 +270,12 @@ class Device(Closing):
         Raises:
             ReleaseError: it is not for this release or not of the trusted key; the adapter before it stays in use.
         """
-        with self._lock, self.store.writing():  # one process at a time
-            self._refuse_another_release()
-            sealed = replace_adapter(self.home, self._in_use.folder, folder, self.release, self.identity.trusted_key)
-            if self._encoder is not None:
-                self._adapt(self._encoder)
-        return sealed
+        return self.towers.adopt(folder)
 
     def upgrade(self, folder: Path, *, report: Callable[[int, int], None] = lambda done, total: None) -> Upgraded:
         """Search with another release from now on, after embedding all documents anew if need be; see `upgrade.py`."""
         done = upgrade(self, folder, report=report)
-        self._follow()
+        self.towers.follow()
         return done
 
     @property

@@ -1,8 +1,7 @@
-"""`stillroom index tune`, `compact` and `upgrade`: how vectors are indexed, what is built anew, and with which release."""
+"""`stillroom index tune`, `compact`, `upgrade` and `doctor`: how vectors are indexed, with which release, and how well."""
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from enum import StrEnum
@@ -11,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from stillroom_client.options import AsJson, Home
+from stillroom_client.options import AsJson, Home, print_json
 
 
 class KindName(StrEnum):
@@ -62,7 +61,7 @@ def tune(
         settings, in_use = device.index_settings, device.index_in_use()
     shown = {"asked": settings.model_dump(), "in_use": in_use}
     if as_json:
-        typer.echo(json.dumps(shown, indent=1))
+        print_json(shown)
         return
     typer.echo("asked   " + ", ".join(f"{name} {value}" for name, value in shown["asked"].items() if value is not None))
     typer.echo("in use  " + ", ".join(f"{name} {value}" for name, value in in_use.items()))
@@ -106,3 +105,24 @@ def _size(folder: Path) -> int:
     names = ("store.sqlite3", "store.sqlite3-wal", "index.faiss", "index.tantivy")
     found = [path for name in names for path in ((folder / name), *(folder / name).rglob("*")) if path.is_file()]
     return sum(path.stat().st_size for path in found)
+
+
+def doctor(
+    home: Home,
+    goal: Annotated[float, typer.Option(min=0, max=1, help="Recall@10 to hold, against exact search.")] = 0.97,
+    as_json: AsJson = False,
+) -> None:
+    """Check an index: recall against exact search on your own queries, speed, size, integrity; say what to change."""
+    from stillroom_client.device import Device
+    from stillroom_client.doctor import examine
+    from stillroom_client.show_doctor import report_lines, to_json
+
+    with Device.open(home) as device:
+        found = examine(device, goal=goal)
+    if as_json:
+        print_json(to_json(found))
+    else:
+        for line in report_lines(found):
+            typer.echo(line)
+    if not found.well:
+        raise typer.Exit(1)

@@ -35,8 +35,8 @@ def search(
     text, store = clean(text), device.store
     condition = None if where is None else compile_filter(where, fields(store))
     while True:
-        in_use, encoder = device.towers(dense=mode != "bm25")
-        reranker = device.reranker if rerank else None
+        in_use, encoder = device.towers.now(dense=mode != "bm25")
+        reranker = device.towers.reranker if rerank else None
         # What encodes is noted before it does: an answer that a new adapter overtakes is then one of the old.
         question = Question(store.generation(), k, mode, condition, encoder.state if encoder else 0, rerank)
         if cached and (known := device.cache.same(question, text)) is not None:
@@ -44,12 +44,12 @@ def search(
         vectors = None
         if encoder is not None:
             encode = encoder.encode_queries if adapted else encoder.encode_queries_unadapted
-            vectors = device.shortened(encode([text]))
+            vectors = device.towers.shortened(encode([text]))
         vector = None if vectors is None else vectors[0]
         if cached and (known := device.cache.near(question, text, vector)) is not None:
             return known
         with device.indexes.current(dense=mode != "bm25", text=mode != "dense") as current:
-            if encoder is not None and not device.still(in_use):
+            if encoder is not None and not device.towers.still(in_use):
                 continue  # another release was put in use meanwhile: its index needs its own vector
             rows = None if condition is None else device.indexes.selected(condition, current.generation)
             found = ranking(current, mode, text, vectors, max(k, rerank), rows)

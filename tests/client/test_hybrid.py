@@ -119,7 +119,7 @@ def test_a_filter_is_read_before_anything_is_loaded(tmp_path: Path, tiny_release
     """Guards against a typing error that costs a model's loading time."""
     with Device.create(tmp_path / "home", tiny_release, link=True) as device, pytest.raises(FilterError):
         device.search("words", where="owner=")
-    assert device._encoder is None
+    assert device.towers._encoder is None
 
 
 def test_odd_queries_are_plain_text(tmp_path: Path, tiny_release: Release) -> None:

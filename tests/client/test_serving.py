@@ -468,7 +468,7 @@ def test_an_adapter_that_another_process_adopts_is_searched_with_at_once(
 
 def test_a_server_that_cannot_search_does_not_start(tmp_path: Path, device: Device) -> None:
     """Guards against a service that says it is healthy and fails every search."""
-    device._release, device._encoder = None, None
+    device.towers._release, device.towers._encoder = None, None
     (device.home / "release").unlink()
     with pytest.raises(ReleaseError), serving(device):
         pass
