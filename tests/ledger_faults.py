@@ -1,4 +1,4 @@
-"""Kills real processes while they spend, in a process of its own: `python tests/ledger_faults.py SCENARIO FOLDER`.
+"""Kills real processes while they spend, in a process of its own: `python -m tests.ledger_faults SCENARIO FOLDER`.
 
 Each point is a forked child that takes part in a round and writes the round to a side file ("released") only after the
 spend returned. Whatever the child left behind is then checked by its parent, which shares nothing with it but the disk.
@@ -26,7 +26,6 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import stillroom_client.participation as participation
@@ -37,9 +36,10 @@ from stillroom_client.participation import LEDGER_FILE, Consent, take_part
 from stillroom_shared.errors import LedgerError, StillroomError
 from stillroom_shared.ledger import Ledger
 from stillroom_shared.protocol import RoundOrder
+from tests.killing import kill_at_line
 
 TRACED = {str(module.__file__) for module in (participation, files, ledger_module, signing)}
-KILLED, REFUSED, OTHER = 9, 3, 4
+REFUSED, OTHER = 3, 4
 _LAST_ROUND = 1_000_000
 _RANDOM_POINTS = 60
 
@@ -49,21 +49,6 @@ def order(number: int) -> RoundOrder:
         federation="f", release="r", round=number, attempt=1, mechanism="central", clip_norm=1.0, noise_multiplier=2.0,
         sampling_rate=0.1, devices=50, dimension=256, steps=1, learning_rate=1.0, temperature=0.05, candidates=4,
     )  # fmt: skip
-
-
-def kill_at_line(number: int) -> None:
-    """Leave without any clean-up when so many lines of the ledger's own code have been reached."""
-    seen = 0
-
-    def line(frame: FrameType, kind: str, argument: Any) -> Any:
-        nonlocal seen
-        if kind == "line":
-            seen += 1
-            if seen == number:
-                os._exit(KILLED)
-        return line
-
-    sys.settrace(lambda frame, kind, argument: line if frame.f_code.co_filename in TRACED else None)
 
 
 def limit_files(size: int, *, kill: bool) -> None:

@@ -22,8 +22,8 @@ Questions by another tower than the graph was made of are the hard case, and the
 | every vector, 8 bits | 0.1 s | 0.992 | | 2.6 ms |
 | every vector, 4 bits, 40 candidates | 0.1 s | 0.999 | | 4.1 ms |
 | graph, 16 neighbours, by distance, 200 when built, `ef_search` 100 | 35 s | 0.964 | 0.978 | 0.23 ms |
-| the same, `ef_search` 150, the default | | 0.977 | 0.982 | 0.30 ms |
-| the same, `ef_search` 200 | | 0.983 | 0.990 | 0.39 ms |
+| the same, `ef_search` 150 | | 0.977 | 0.982 | 0.30 ms |
+| the same, `ef_search` 200, the default | | 0.983 | 0.990 | 0.39 ms |
 | 100 when built, `ef_search` 200 | 19 s | 0.957 | 0.979 | 0.36 ms |
 | by inner product, `ef_search` 200 | 35 s | 0.965 | 0.981 | 0.45 ms |
 | 624 lists, a quarter of them read | 6 s | 0.968 | 0.979 | 0.73 ms |
@@ -86,7 +86,7 @@ class IndexSettings(BaseModel):
     def effort(self, kind: Kind, lists: int) -> Effort:
         """How thoroughly an index of this kind with so many lists is searched."""
         return Effort(
-            ef_search=self.ef_search or 150,
+            ef_search=self.ef_search or 200,
             nprobe=min(self.nprobe or max(16, lists // 3), max(lists, 1)),
             candidates=(self.candidates or 200) if kind in RERANKED else 0,
         )

@@ -18,13 +18,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import keyring
 from keyring.backend import KeyringBackend
 from tests.client.devices import units
 from tests.client.lived_in import anywhere, lived_in
+from tests.killing import KILLED, kill_at_line
 
 import stillroom_client.encrypting as encrypting
 import stillroom_client.key_file as key_file
@@ -40,7 +40,6 @@ from stillroom_shared.corpus import Passage
 from stillroom_shared.release import Release, open_release
 
 TRACED = {str(module.__file__) for module in (encrypting, key_file, sweeping, unlocking, database, files)}
-KILLED = 9
 PLANTED = "The xylograph of batch {} is by Ottilie."
 
 
@@ -69,20 +68,6 @@ def holdings(home: Path) -> list[Any]:
         return [*rows, ledger.rows(), Consent.load(home)]
 
 
-def kill_at_line(number: int) -> None:
-    seen = 0
-
-    def line(frame: FrameType, kind: str, argument: Any) -> Any:
-        nonlocal seen
-        if kind == "line":
-            seen += 1
-            if seen == number:
-                os._exit(KILLED)
-        return line
-
-    sys.settrace(lambda frame, kind, argument: line if frame.f_code.co_filename in TRACED else None)
-
-
 def sweep(
     base: Path,
     scratch: Path,
@@ -99,7 +84,7 @@ def sweep(
         shutil.copytree(base, home, symlinks=True)
         if not (child := os.fork()):
             unlocking.forget()
-            kill_at_line(number)
+            kill_at_line(number, TRACED)
             change(home)
             os._exit(0)
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

@@ -26,11 +26,11 @@ import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from tests.killing import KILLED, kill_at_line
 
 import stillroom_client.catalog as catalog_module
 import stillroom_client.derived as derived
@@ -49,7 +49,7 @@ from stillroom_shared.errors import DataError
 
 MODULES = (catalog_module, derived, history, index_base, store_module, text_index, files)
 TRACED = {str(module.__file__) for module in MODULES}
-KILLED, DIMENSION, PARTS = 9, 32, 4
+DIMENSION, PARTS = 32, 4
 
 
 def small_limits() -> None:
@@ -109,20 +109,6 @@ def work(home: Path, seed: int, turns: int) -> None:
                 indexes.refresh()
             if turn % 12 == 11:
                 indexes.compact()
-
-
-def kill_at_line(number: int) -> None:
-    seen = 0
-
-    def line(frame: FrameType, kind: str, argument: Any) -> Any:
-        nonlocal seen
-        if kind == "line":
-            seen += 1
-            if seen == number:
-                os._exit(KILLED)
-        return line
-
-    sys.settrace(lambda frame, kind, argument: line if frame.f_code.co_filename in TRACED else None)
 
 
 def check(home: Path, point: str, found: dict[str, Any]) -> None:
@@ -193,7 +179,7 @@ def main(folder: Path, step: int, times: int, documents: int | None) -> None:
         home = folder / "line"
         shutil.copytree(base, home)
         if not (child := os.fork()):
-            kill_at_line(number)
+            kill_at_line(number, TRACED)
             work(home, 1, 12)
             os._exit(0)
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

@@ -17,10 +17,10 @@ import signal
 import sys
 import time
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from tests.client.devices import passages, units
+from tests.killing import KILLED, kill_at_line
 
 import stillroom_client.derived as derived
 import stillroom_client.store as store_module
@@ -32,7 +32,6 @@ from stillroom_client.store import Store
 from stillroom_client.text_index import TextIndex
 
 TRACED = {str(module.__file__) for module in (derived, store_module, text_index, files)}
-KILLED = 9
 DIMENSION = 8
 
 
@@ -55,20 +54,6 @@ def change(home: Path, number: int) -> None:
     with Indexes(home, store).current(dense=False, text=True):
         pass
     store.close()
-
-
-def kill_at_line(number: int) -> None:
-    seen = 0
-
-    def line(frame: FrameType, kind: str, argument: Any) -> Any:
-        nonlocal seen
-        if kind == "line":
-            seen += 1
-            if seen == number:
-                os._exit(KILLED)
-        return line
-
-    sys.settrace(lambda frame, kind, argument: line if frame.f_code.co_filename in TRACED else None)
 
 
 def check(home: Path, point: str, found: dict[str, Any]) -> None:
@@ -110,7 +95,7 @@ def main(folder: Path, step: int, times: int) -> None:
         home = folder / f"line-{number}"
         shutil.copytree(base, home)
         if not (child := os.fork()):
-            kill_at_line(number)
+            kill_at_line(number, TRACED)
             change(home, 0)
             os._exit(0)
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

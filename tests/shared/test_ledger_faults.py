@@ -20,7 +20,7 @@ from stillroom_shared.events import SampledGaussian
 from stillroom_shared.ledger import Budget, Ledger
 from stillroom_shared.signing import SigningKey
 
-DRIVER = Path(__file__).resolve().parents[1] / "ledger_faults.py"
+ROOT = Path(__file__).resolve().parents[2]
 STEP = SampledGaussian(noise_multiplier=4.0, sampling_rate=1.0, sigma=2**30, dimension=10)
 ABOUT = {"federation": "test"}
 
@@ -33,8 +33,8 @@ def folder() -> Iterator[Path]:
 
 
 def faults(scenario: str, folder: Path) -> dict[str, Any]:
-    command = [sys.executable, str(DRIVER), scenario, str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "tests.ledger_faults", scenario, str(folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
