@@ -44,6 +44,7 @@ _GONE_SHARE = 0.1  # of rows that went, above which it is built from nothing
 _MORE_LISTS = 2.0  # times as many as it has, when it is built from nothing
 _AHEAD, _AHEAD_SHARE = 10_000, 0.25  # rows that may come, at least and as a share, before a checkpoint refreshes
 _SETTINGS = "index"  # key in `meta`
+_NONE: Rows = np.zeros(0, np.int64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,6 +92,7 @@ class Indexes:
         self._history = History(store)
         self._vectors: VectorIndex | None = None
         self._looked_at: tuple[int, int, int] | None = None
+        self._refused: Generation | None = None  # of the file that was looked at, when it was of another history
         self._words: TextIndex | None = None
         self._selected: OrderedDict[tuple[Generation, Condition], NDArray[np.int64]] = OrderedDict()
 
@@ -124,7 +126,7 @@ class Indexes:
         with self._store.writing() as generation:
             if dense and not (vectors := self._vectors_of(generation)):
                 base = build(self._store, generation, self.settings.kind_for(self._store.count()))
-                vectors = self._vectors = VectorIndex.of(base)
+                vectors = self._vectors = VectorIndex.of(base, _NONE)
                 with suppress(OSError):  # a full disk must not stop the search; the next one builds again
                     base.save(self._vectors_file, self._vault)
             if text and not (words := self._loaded_words(generation)):
@@ -143,7 +145,7 @@ class Indexes:
                 base = self._forward(store, generation)
             if base is not None:
                 base.save(self._vectors_file, self._vault)
-                self._vectors = VectorIndex.of(base)
+                self._vectors = None  # read again by the next search, which knows what of it is gone
         with self.current(dense=True, text=True):
             pass
 
@@ -250,34 +252,44 @@ class Indexes:
         held = self._vectors
         if held is not None and held.generation == generation:
             return held
-        if held is not None and not self._history.has_vectors_of(held.generation):
+        # Of its base too: a compaction elsewhere forgot what went since an earlier one was built.
+        if held is not None and not all(map(self._history.has_vectors_of, (held.generation, held.base.generation))):
             held = None
-        small = self._is_small(self._store.count())
-        if (base := self._changed_file()) is not None and (held is None or base.generation != held.base.generation):
-            held = VectorIndex.of(base)
-        if small:
+        if (base := self._changed_file()) is not None:
+            held = VectorIndex.of(base, self._went(base))
+        if self._is_small(self._store.count()):
             self._vectors = held if held is not None and held.generation == generation else None
             return self._vectors
         if held is None:
-            held = VectorIndex.of(_nothing(self._store.dimension))
-        if held.generation != generation:
-            went = np.array(self._history.removed(held.base.mark), np.int64)
-            held = held.advanced(generation, self._history.vectors(Mark(held.row)), np.sort(went))
+            held = VectorIndex.of(_nothing(self._store, generation), _NONE)
+        if held.generation != generation or held.row < self._history.mark().row:
+            held = held.advanced(generation, self._history.vectors(Mark(held.row)), self._went(held.base))
         self._vectors = held
         return held
 
+    def _went(self, base: Base) -> Rows:
+        """Rows that went since a base was built from nothing, ascending."""
+        return np.sort(np.array(self._history.removed(base.mark), np.int64))
+
     def _changed_file(self) -> Base | None:
-        """The saved index, if it is another than when last looked at, whole, and of this store."""
+        """The saved index, if it is another than when last looked at, whole, and of this store.
+
+        One of a generation that this view of the store does not see yet is looked at again when it does.
+        """
         try:
             found = self._vectors_file.stat()
         except OSError:
             return None
         signature = (found.st_ino, found.st_mtime_ns, found.st_size)
-        if signature == self._looked_at:
+        refused = self._refused
+        if signature == self._looked_at and (refused is None or not self._history.has_vectors_of(refused)):
             return None
-        self._looked_at = signature
         base = Base.load(self._vectors_file, self._vault)
-        return base if isinstance(base, Base) and self._history.has_vectors_of(base.generation) else None
+        self._looked_at, self._refused = signature, None
+        if not isinstance(base, Base) or self._history.has_vectors_of(base.generation):
+            return base if isinstance(base, Base) else None
+        self._refused = base.generation
+        return None
 
     def _dense(self, index: VectorIndex | None) -> Dense | None:
         if index is None:
@@ -305,10 +317,10 @@ def build(store: Store, generation: Generation, kind: Kind, *, table: str = "vec
     return Base.build(kind, generation, mark, history.count(Mark()), history.sample(SAMPLE), history.vectors(Mark()))
 
 
-def _nothing(dimension: int) -> Base:
-    """Of no store: everything is in the tail."""
-    sample = np.zeros((0, dimension), np.float32)
-    return Base.build("flat", Generation(-1, ""), Mark(), 0, sample, ())
+def _nothing(store: Store, generation: Generation) -> Base:
+    """Of a store, without any of its rows: everything is in the tail."""
+    sample = np.zeros((0, store.in_use().dimension), np.float32)
+    return Base.build("flat", generation, Mark(0, History(store).mark().removal), 0, sample, ())
 
 
 def _far(base: Base, store: Store, settings: IndexSettings, count: int) -> Literal["extended", "built"] | None:

@@ -68,10 +68,11 @@ class VectorIndex:
     gone: Rows
 
     @classmethod
-    def of(cls, base: Base) -> VectorIndex:
-        """What a base holds, as of its own generation, as far as that knows what went."""
+    def of(cls, base: Base, went: Rows) -> VectorIndex:
+        """What a base holds, without the rows that went since it was built from nothing, ascending."""
         nothing = _Tail.of(np.zeros(0, np.int64), np.zeros((0, base.faiss.d), np.float32))
-        return cls(base.generation, base.mark.row, len(base.rows), base, nothing, np.zeros(0, np.int64))
+        gone = went[_known(base.rows, went)]
+        return cls(base.generation, base.mark.row, len(base.rows) - len(gone), base, nothing, gone)
 
     def advanced(self, generation: Generation, came: Batches, went: Rows) -> VectorIndex:
         """For a later generation: what came since this one's, and all that went since the base was built, ascending."""

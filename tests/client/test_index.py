@@ -61,7 +61,7 @@ class Searcher:
 
 
 def of(base: Base, rows: Rows, vectors: Vectors, **asked: int) -> Searcher:
-    return Searcher(VectorIndex.of(base), rows, vectors, base.kind, **asked)
+    return Searcher(VectorIndex.of(base, np.zeros(0, np.int64)), rows, vectors, base.kind, **asked)
 
 
 def recall(found: Rows, exact: Rows) -> float:
@@ -95,7 +95,7 @@ def of_kind(kind: Kind) -> Searcher:
     rows, vectors = np.arange(COUNT) * 3 + 1, clustered(COUNT)
     first, second = COUNT * 2 // 3, COUNT * 5 // 6
     base = based(rows[:first], vectors[:first], kind)
-    index = VectorIndex.of(base)
+    index = VectorIndex.of(base, np.zeros(0, np.int64))
     for stop in (second, COUNT):
         start = np.searchsorted(rows, index.row, side="right")
         index = index.advanced(Generation(9, "later"), [(rows[start:stop], vectors[start:stop])], rows[:stop:9])

@@ -92,6 +92,35 @@ def test_a_refresh_takes_in_what_came_and_leaves_out_what_went(
     assert isinstance(base, Base) and len(base.rows) == device.store.count() == COUNT + 80 - 100
 
 
+def test_what_went_before_a_refresh_is_not_found_after_it(
+    device: Device, tiny_release: Release, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against removed passages that come back at the very generation of a file that was brought forward."""
+    everything, dimension = units(COUNT, tiny_release.dimension), tiny_release.dimension
+    device.add(passages([f"n{n}" for n in range(90)]), units(90, dimension, seed=2))
+    device.remove([f"p{n}" for n in range(20)])
+    monkeypatch.setattr(derived, "build", None)  # brought forward, not built
+    device.refresh_index()
+    monkeypatch.undo()
+    for opened in (device, Device.open(device.home)):  # with what it holds, and from the file
+        for query in everything[:20]:
+            assert not {f"p{n}" for n in range(20)} & set(opened.search_many(query[None])[0])
+        assert opened.index_in_use()["passages"] == COUNT + 90 - 20
+    opened.close()
+
+
+def test_what_another_process_forgot_is_not_found_again(device: Device, tiny_release: Release) -> None:
+    """Guards against an index in memory whose base is older than what is remembered of removals."""
+    device.remove([f"p{n}" for n in range(20)])
+    queries = units(COUNT, tiny_release.dimension)[:20]
+    assert device.index_in_use()["passages"] == COUNT - 20
+    with Device.open(device.home) as other:
+        other.compact()
+    (device.home / "index.faiss").unlink()  # what `index doctor` advises where an index is damaged
+    device.add(passages(["late"]), units(1, tiny_release.dimension, seed=2))
+    assert not {f"p{n}" for n in range(20)} & {name for found in device.search_many(queries) for name in found}
+
+
 def test_long_additions_are_taken_in_on_the_way(device: Device, tiny_release: Release) -> None:
     """Guards against a crash after hours that leaves everything to the next search."""
     for step in range(6):
