@@ -8,6 +8,7 @@ vectors, names the new release and begins a generation. Nobody sees a mixture:
 |---|---|
 | a search | finds out in its transaction that its query was encoded by the old tower, and encodes it again |
 | whoever adds documents | is refused its old vectors (`TowerChangedError`), and embeds them again |
+| another upgrade at the same time | the one that began later goes on, the other stops with an error; of two alike, the later to end |
 | a killed or interrupted upgrade | the old release stays in use; the next run goes on with what is embedded |
 | a round of a federation | was for the old release, and is declined from then on |
 
@@ -127,9 +128,13 @@ def _reembed(device: Device, store: Store, release: Release, name: str, report: 
     embedded = 0
     while True:
         while len(lacking := _lacking(store)) == _BATCH:
-            embedded += _keep(store, lacking, vectors(list(lacking.values())))
+            made = vectors(list(lacking.values()))
+            with store.writing():
+                _require_target(store, release)
+                embedded += _insert(store, lacking, made)
             report(store.query("SELECT count(*) FROM reembedded")[0][0], store.count())
         with device.replacing_vectors() as switch, store.writing():
+            _require_target(store, release)
             if len(lacking := _lacking(store)) < _BATCH:
                 embedded += _insert(store, lacking, vectors(list(lacking.values())))
                 switch(store, lambda: _switch(store, name, release))
@@ -149,9 +154,13 @@ def _lacking(store: Store) -> dict[int, Passage]:
     return {row[0]: Passage(*row[1:]) for row in found}
 
 
-def _keep(store: Store, rows: dict[int, Passage], vectors: NDArray[np.float32]) -> int:
-    with store.writing():
-        return _insert(store, rows, vectors)
+def _require_target(store: Store, release: Release) -> None:
+    """Inside a transaction: `ReleaseError` when what is gathered in `reembedded` is by another release's tower meanwhile."""
+    if store.query("SELECT value FROM meta WHERE key = ?", (_TARGET,)) != [(release.document_tower_hash,)]:
+        raise ReleaseError(
+            f"another upgrade of this home began or ended meanwhile, and this one to {release.id[:16]} stops: run one at "
+            "a time"
+        )
 
 
 def _insert(store: Store, rows: dict[int, Passage], vectors: NDArray[np.float32]) -> int:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,35 @@ def test_the_old_release_serves_until_the_switch(
     assert device.release.id == open_release(releases["other"], trusted_key=None).id
     assert {"meanwhile"} <= {hit.passage_id for hit in device.search(query, 200, mode="dense")}
     assert NAMES[3] not in {hit.passage_id for hit in device.search(query, 200, mode="dense")}
+
+
+def test_two_upgrades_at_once_do_not_mix(
+    device: Device, releases: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against vectors of two new towers in one index, which no later check would find."""
+    real, begun = Encoder.encode_documents, list[str]()
+
+    def interrupt(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    def overtaken(self: Encoder, texts: Any) -> Any:
+        vectors = real(self, texts)
+        if not begun:  # another process begins between the embedding of a batch and its commit
+            begun.append("narrow")
+            with Device.open(device.home) as other, suppress(KeyboardInterrupt):
+                other.upgrade(releases["narrow"], report=interrupt)
+        return vectors
+
+    monkeypatch.setattr(Encoder, "encode_documents", overtaken)
+    refused = ""
+    try:
+        device.upgrade(releases["other"], report=interrupt)
+    except (KeyboardInterrupt, ReleaseError) as error:
+        refused = str(error)
+    device.upgrade(releases["narrow"])
+    assert device.store.query("SELECT DISTINCT length(codes) FROM vectors") == [(16,)]
+    assert near(found(device, "the okapi is asleep"), expected(releases["narrow"], "the okapi is asleep"))
+    assert "another upgrade" in refused
 
 
 def test_vectors_of_the_old_tower_are_refused_after_the_switch(device: Device, releases: dict[str, Path]) -> None:
