@@ -88,10 +88,12 @@ class Consent(BaseModel):
     @classmethod
     def load(cls, home: Path) -> Consent:
         """Read `consent.json`; without one the default holds. `SettingsError` names what does not fit."""
-        path = home / CONSENT_FILE
+        path, private = home / CONSENT_FILE, unlock(home)
         try:
-            return cls.model_validate_json(unlock(home).read(CONSENT_FILE))
+            return cls.model_validate_json(private.read(CONSENT_FILE))
         except FileNotFoundError:
+            if unlock(home).folder != private.folder:  # encrypted, or decrypted, since: what was agreed to lies there
+                return cls.load(home)
             return cls()
         except ValidationError as error:
             first = error.errors()[0]

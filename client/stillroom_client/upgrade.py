@@ -8,7 +8,7 @@ vectors, names the new release and begins a generation. Nobody sees a mixture:
 |---|---|
 | a search | finds out in its transaction that its query was encoded by the old tower, and encodes it again |
 | whoever adds documents | is refused its old vectors (`TowerChangedError`), and embeds them again |
-| another upgrade at the same time | the one that began later goes on, the other stops with an error; of two alike, the later to end |
+| another upgrade at the same time | the one that began later goes on, the other stops with an error |
 | a killed or interrupted upgrade | the old release stays in use; the next run goes on with what is embedded |
 | a round of a federation | was for the old release, and is declined from then on |
 

@@ -19,7 +19,8 @@ from stillroom_client import memory_folder, recovery, text_index, unlocking
 from stillroom_client.device import Device
 from stillroom_client.encrypting import Protection, decrypt, encrypt
 from stillroom_client.home import Identity
-from stillroom_client.participation import LEDGER_FILE, Consent, open_ledger
+from stillroom_client.participation import CONSENT_FILE, LEDGER_FILE, Consent, open_ledger
+from stillroom_client.unlocking import Private
 from stillroom_shared.corpus import Passage
 from stillroom_shared.errors import DataError, EncryptionError, LedgerError, LedgerLostError
 from stillroom_shared.files import exclusive
@@ -223,6 +224,26 @@ def test_words_of_an_encrypted_home_are_brought_forward(
         device.remove(["p3"])
         assert [hit.passage_id for hit in device.search("porphyry wordp3", 5, mode="bm25")] == ["new"]
     assert written == [(1, 1)]
+
+
+@pytest.mark.parametrize("back", [False, True])
+def test_a_consent_that_moves_while_it_is_read_is_not_the_default(
+    tmp_path: Path, tiny_release: Release, monkeypatch: pytest.MonkeyPatch, back: bool
+) -> None:
+    """Guards against an owner's limit that a round does not see because the home is encrypted, or decrypted, just then."""
+    home = tmp_path / "home"
+    Device.create(home, tiny_release, link=True, protection=Protection(PASSPHRASE) if back else None).close()
+    asked = Consent(federation="f", limit_epsilon=1.0, takes_part=False)
+    asked.save(home)
+    real, convert = Private.read, [lambda: decrypt(home) if back else encrypt(home, Protection(PASSPHRASE))]
+
+    def late(private: Private, name: str) -> bytes:
+        if convert and name == CONSENT_FILE and sys._getframe(1).f_code is Consent.load.__func__.__code__:
+            convert.pop()()
+        return real(private, name)
+
+    monkeypatch.setattr(Private, "read", late)
+    assert Consent.load(home) == asked and not convert
 
 
 def test_a_file_in_the_clear_that_was_put_beside_sealed_ones_is_not_removed(
