@@ -75,7 +75,10 @@ class CacheLimits:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """All that an answer depends on but the text. `towers`: what made the query's vector (`Encoder.state`); 0 without one."""
+    """All that an answer depends on but the text.
+
+    `towers`: what made the query's vector (`Encoder.state`); 0 without one. `release`: that of the reranker; "" without one.
+    """
 
     generation: Generation
     k: int
@@ -83,6 +86,7 @@ class Question:
     condition: Condition | None = None
     towers: int = 0
     rerank: int = 0
+    release: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,7 +38,8 @@ def search(
         in_use, encoder = device.towers.now(dense=mode != "bm25")
         reranker = device.towers.reranker if rerank else None
         # What encodes is noted before it does: an answer that a new adapter overtakes is then one of the old.
-        question = Question(store.generation(), k, mode, condition, encoder.state if encoder else 0, rerank)
+        state, release = encoder.state if encoder else 0, in_use.folder if rerank else ""
+        question = Question(store.generation(), k, mode, condition, state, rerank, release)
         if cached and (known := device.cache.same(question, text)) is not None:
             return known
         vectors = None

@@ -63,7 +63,8 @@ def note_sent(home: Path, order: RoundOrder | EvaluationOrder, *, size: int, own
 
 def last_sent(home: Path) -> Sent | None:
     """The last answer; None before the first, or where the note of it was lost."""
+    private = unlock(home)
     try:
-        return Sent.model_validate_json(unlock(home).read(SENT_FILE))
-    except (OSError, ValidationError):
+        return Sent.model_validate_json(private.read(SENT_FILE))
+    except (OSError, ValidationError, EncryptionError):
         return None

@@ -20,7 +20,8 @@ from stillroom_client.device import Device
 from stillroom_client.encrypting import Protection, decrypt, encrypt
 from stillroom_client.home import Identity
 from stillroom_client.participation import CONSENT_FILE, LEDGER_FILE, Consent, open_ledger
-from stillroom_client.unlocking import Private
+from stillroom_client.sent import SENT_FILE, last_sent
+from stillroom_client.unlocking import Private, unlock
 from stillroom_shared.corpus import Passage
 from stillroom_shared.errors import DataError, EncryptionError, LedgerError, LedgerLostError
 from stillroom_shared.files import exclusive
@@ -224,6 +225,18 @@ def test_words_of_an_encrypted_home_are_brought_forward(
         device.remove(["p3"])
         assert [hit.passage_id for hit in device.search("porphyry wordp3", 5, mode="bm25")] == ["new"]
     assert written == [(1, 1)]
+
+
+def test_a_damaged_note_of_what_was_sent_is_none(tmp_path: Path, tiny_release: Release) -> None:
+    """Guards against a privacy panel that shows nothing, not even the switch to leave, because of it."""
+    home = tmp_path / "home"
+    Device.create(home, tiny_release, link=True, protection=Protection(PASSPHRASE)).close()
+    unlock(home).write(SENT_FILE, b"{}")
+    flip(home / "sealed" / SENT_FILE)
+    assert last_sent(home) is None
+    unlocking.forget()
+    with pytest.raises(EncryptionError, match="stays locked"):
+        last_sent(home)
 
 
 @pytest.mark.parametrize("back", [False, True])

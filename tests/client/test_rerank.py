@@ -105,6 +105,22 @@ def test_a_reranked_answer_is_cached_as_such(device: Device) -> None:
     device.close()
 
 
+def test_another_reranker_answers_anew(
+    device: Device, release: Release, tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast, signing_key: SigningKey
+) -> None:
+    """Guards against answers of the reranker before, which a release with the same towers replaces without a generation."""
+    query = "what does the okapi do"
+    before = device.search(query, 3, mode="bm25", rerank=20)
+    scorer: CrossEncoder = trained(tmp_path / "model", tiny_tokenizer)
+    for weights in scorer.model.classifier.parameters():
+        weights.data.neg_()
+    other = with_reranker(tmp_path / "other", release, scorer, key=signing_key, tokens=48)[0]
+    device.upgrade(other.folder)
+    after = device.search(query, 3, mode="bm25", rerank=20)
+    assert after == device.search(query, 3, mode="bm25", rerank=20, cached=False) != before
+    assert {hit.cached for hit in after} == {None}
+
+
 def test_a_release_without_a_reranker_says_so(tmp_path: Path, tiny_release: Release) -> None:
     """Guards against a stage that is left out in silence."""
     with Device.create(tmp_path / "home", tiny_release, link=True) as plain:
