@@ -88,6 +88,7 @@ class Indexes:
 
     def __init__(self, folder: Path, store: Store) -> None:
         self._vectors_file, self._words_folder = folder / INDEX_NAME, folder / TEXT_INDEX_NAME
+        self._ready = folder / f"{INDEX_NAME}.next"
         self._store, self._vault = store, store.vault
         self._history = History(store)
         self._vectors: VectorIndex | None = None
@@ -144,7 +145,7 @@ class Indexes:
             with store.reading() as generation:
                 base = self._forward(store, generation)
             if base is not None:
-                base.save(self._vectors_file, self._vault)
+                self._lay(base)
                 self._vectors = None  # read again by the next search, which knows what of it is gone
         with self.current(dense=True, text=True):
             pass
@@ -164,7 +165,6 @@ class Indexes:
         What is handed out is to be called inside `writing` of the store given, with what replaces them: it begins
         generations from which on no earlier index of vectors is used.
         """
-        ready = self._vectors_file.with_name(f"{self._vectors_file.name}.next")
         with self._alone():
             with self._store.twin() as store, store.reading() as generation:
                 base = build(store, generation, self.settings.kind_for(store.count()), table="reembedded")
@@ -175,11 +175,11 @@ class Indexes:
                 store.query("INSERT OR REPLACE INTO meta VALUES ('vectors_from', ?)", (first.number,))
                 store.advance(first)  # what came after the index was made is beside it, as after any other generation
                 with suppress(OSError):
-                    replace(base, generation=first).save(ready, self._vault)
+                    replace(base, generation=first).save(self._ready, self._vault)
 
             yield switch
             with suppress(OSError):  # killed before: everything is searched without an index until the next refresh
-                ready.replace(self._vectors_file)
+                self._ready.replace(self._vectors_file)
 
     def compact(self) -> None:
         """Build both files from nothing, without what was removed, and forget how the store came to be what it is.
@@ -189,7 +189,7 @@ class Indexes:
         with self._alone(), self._store.twin() as store:
             with store.reading() as generation:
                 base = build(store, generation, self.settings.kind_for(store.count()))
-            base.save(self._vectors_file, self._vault)
+            self._lay(base)
             with store.writing() as generation:
                 following = store.advance(generation)
                 write_words(self._words_folder, store, following, afresh=True)
@@ -234,6 +234,11 @@ class Indexes:
         self._words_folder.mkdir(mode=0o700, exist_ok=True)
         with exclusive(self._words_folder):
             yield
+
+    def _lay(self, base: Base) -> None:
+        """Put a file in place, inside `_alone`; by a name of its own, as a small one is saved under the right to write."""
+        base.save(self._ready, self._vault)
+        self._ready.replace(self._vectors_file)
 
     def _forward(self, store: Store, generation: Generation) -> Base | None:
         """What to save in place of the file; None when it will do. A small index is left to the next search."""
@@ -281,15 +286,12 @@ class Indexes:
         except OSError:
             return None
         signature = (found.st_ino, found.st_mtime_ns, found.st_size)
-        refused = self._refused
-        if signature == self._looked_at and (refused is None or not self._history.has_vectors_of(refused)):
+        if signature == self._looked_at and not (self._refused and self._history.has_vectors_of(self._refused)):
             return None
         base = Base.load(self._vectors_file, self._vault)
-        self._looked_at, self._refused = signature, None
-        if not isinstance(base, Base) or self._history.has_vectors_of(base.generation):
-            return base if isinstance(base, Base) else None
-        self._refused = base.generation
-        return None
+        known = isinstance(base, Base) and self._history.has_vectors_of(base.generation)
+        self._looked_at, self._refused = signature, base.generation if isinstance(base, Base) and not known else None
+        return base if isinstance(base, Base) and known else None
 
     def _dense(self, index: VectorIndex | None) -> Dense | None:
         if index is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -113,6 +114,25 @@ def test_a_filter_follows_the_store(tmp_path: Path, tiny_release: Release) -> No
         assert device.search("words", where="owner=owner7") == []
         with pytest.raises(FilterError, match="there is no field 'colour'"):
             device.search("words", where="colour=red")
+
+
+def test_a_search_that_saves_its_index_does_not_stop_a_compaction(
+    tmp_path: Path, tiny_release: Release, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against two writers of one file: the one under the right to write, the other alone among those that compact."""
+    with Device.create(tmp_path / "home", tiny_release, link=True) as device, Device.open(tmp_path / "home") as other:
+        device.add(passages(ANIMALS), units(len(ANIMALS), tiny_release.dimension))
+        real, query, searched = os.fsync, units(1, tiny_release.dimension, seed=1), list[list[list[str]]]()
+
+        def meanwhile(handle: int) -> None:
+            if not searched and "index.faiss" in os.readlink(f"/proc/self/fd/{handle}"):
+                searched.append([])
+                searched[0] = other.search_many(query)
+            real(handle)
+
+        monkeypatch.setattr(os, "fsync", meanwhile)
+        device.compact()
+        assert searched == [device.search_many(query)]
 
 
 def test_a_filter_is_read_before_anything_is_loaded(tmp_path: Path, tiny_release: Release) -> None:
