@@ -182,14 +182,17 @@ def test_many_requests_at_once_are_all_answered(server: WebServer) -> None:
     assert not failures
 
 
-def test_what_cannot_be_used_is_said(server: WebServer, device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards against a traceback on the page, or its text on the wire, when the device is damaged or we are wrong."""
+def test_what_cannot_be_used_is_said(
+    server: WebServer, device: Device, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Guards against a traceback on the page, or its text on the wire or in a log, when something is broken."""
     (device.home / "device.key").write_text("x")
     found = ask(server, "budget")
     assert found["budget"] is None and found["problem"]
-    monkeypatch.setattr(Device, "search", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(Device, "search", lambda self, text, *_, **__: int(text))
     answer = error(server, "search", {"query": "a secret"}, 500)
-    assert "defect" in str(answer["error"]) and "secret" not in str(answer) and "ZeroDivision" not in str(answer)
+    assert "defect" in str(answer["error"]) and "secret" not in str(answer) and "ValueError" not in str(answer)
+    assert "ValueError" in caplog.text and "secret" not in caplog.text
 
 
 def test_text_keeps_its_letters_and_loses_its_tricks() -> None:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import stat
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from tests.client.web_server import ask, device_with_documents, raw, request, served
 
 from stillroom_client.device import Device
-from stillroom_client.web import WebServer
+from stillroom_client.web import WebServer, connection
 from stillroom_client.web.guard import LARGEST_BODY
 from stillroom_shared.errors import SettingsError
 from stillroom_shared.release import Release
@@ -98,6 +102,38 @@ def test_only_this_machine_reaches_the_port(server: WebServer) -> None:
     assert server._socket.getsockname()[0] == "127.0.0.1"
     with pytest.raises(OSError), socket.create_connection(("127.0.0.2", server.port), timeout=2):
         pass
+
+
+STRANGER = """
+import os, socket, sys
+"".encode("idna")  # loaded while the library can be read
+if os.geteuid() == 0:
+    os.setuid(65534)
+held = [socket.create_connection(("127.0.0.1", int(sys.argv[1]))) for _ in range(80)]
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not Path("/proc/net/tcp").exists(), reason="only root becomes another user")
+def test_another_user_cannot_keep_the_owner_out(server: WebServer) -> None:
+    """Guards against a stranger on this machine who holds all connections open and says nothing."""
+    command = [sys.executable, "-c", STRANGER, str(server.port)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as stranger:
+        assert stranger.stdout is not None and stranger.stdout.readline() == "held\n"
+        assert request(server, "/api/status")[0] == 200
+        stranger.communicate("")
+
+
+def test_who_says_nothing_is_not_waited_for(server: WebServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against connections that are held for ever, by whomever."""
+    monkeypatch.setattr(connection, "SECONDS", 0.2)
+    with socket.create_connection(("127.0.0.1", server.port)) as silent:
+        silent.sendall(b"GET / HTTP/1.1\r\nHost:")
+        silent.settimeout(5)
+        with suppress(ConnectionResetError):
+            assert silent.recv(1) == b""
+    assert request(server, "/api/status")[0] == 200
 
 
 def test_a_port_that_is_taken_is_refused_in_words(device: Device, server: WebServer) -> None:

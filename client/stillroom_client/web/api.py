@@ -17,6 +17,7 @@ import logging
 import shlex
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from traceback import extract_tb
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -115,8 +116,11 @@ class Api:
             return Answer.of(await work(schema.model_validate_json(body)))
         except (ValidationError, StillroomError, SupersededError) as error:
             return _refused(error, path)
-        except Exception:  # the page says so; the trace stands where the server was started
-            _log.exception("%s cannot be answered", path)
+        except Exception as error:  # its message may quote a document or a query, and terminals are often kept in files
+            passed = " < ".join(
+                f"{frame.filename}:{frame.lineno}" for frame in reversed(extract_tb(error.__traceback__))
+            )
+            _log.error("%s cannot be answered: %s at %s", path, type(error).__name__, passed)
             return Answer.error(500, "a defect of Stillroom: the terminal of `stillroom serve` shows where")
 
     def _status(self) -> dict[str, Any]:

@@ -7,6 +7,7 @@ of them out:
 | who tries | is stopped by |
 |---|---|
 | another user of this machine, a program | the token: 256 random bits, new at each start, compared in constant time |
+| the same by holding every connection open | the user of the other end, where the system says it (`connection.py`) |
 | a page of another site: form, image, script, fetch | the token; Origin and Sec-Fetch-Site besides |
 | the same by DNS rebinding | `Host`, which has to be one of our own names with our port |
 | a page that frames ours, to lure clicks | `frame-ancestors 'none'` |

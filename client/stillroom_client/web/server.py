@@ -14,6 +14,7 @@ import uvicorn
 
 from stillroom_client.device import Device
 from stillroom_client.web.api import Api
+from stillroom_client.web.connection import Connection
 from stillroom_client.web.desk import Desk
 from stillroom_client.web.guard import Answer, Guard, guarded
 from stillroom_shared.closing import Closing
@@ -49,7 +50,7 @@ class WebServer(Closing):
             uvicorn.Config(
                 guarded(self._handle, self._guard),
                 loop="asyncio",
-                http="h11",
+                http=Connection,
                 ws="none",
                 lifespan="off",
                 interface="asgi3",
