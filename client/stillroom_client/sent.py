@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from stillroom_client.unlocking import unlock
 from stillroom_shared.errors import EncryptionError
+from stillroom_shared.files import exclusive
 
 if TYPE_CHECKING:
     from stillroom_shared.protocol import EvaluationOrder, RoundOrder
@@ -56,7 +57,8 @@ def note_sent(home: Path, order: RoundOrder | EvaluationOrder, *, size: int, own
         own=own,
     )
     try:
-        unlock(home, terminal=False).write(SENT_FILE, f"{sent.model_dump_json(indent=1)}\n".encode())
+        with exclusive(home):  # or the note could be written in the clear while the home is being encrypted
+            unlock(home, terminal=False).write(SENT_FILE, f"{sent.model_dump_json(indent=1)}\n".encode())
     except (OSError, EncryptionError):
         _log.exception("what was sent could not be written down")
 

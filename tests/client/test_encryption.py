@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ from typing import Any
 import pytest
 from tests.client.devices import units
 from tests.client.lived_in import QUERY, SECRET, anywhere, contents, found_in, lived_in, structured
+from tests.client.test_participation import order
 
-from stillroom_client import memory_folder, recovery, text_index, unlocking
+from stillroom_client import memory_folder, recovery, sent, text_index, unlocking
 from stillroom_client.device import Device
 from stillroom_client.encrypting import Protection, decrypt, encrypt
 from stillroom_client.home import Identity
@@ -237,6 +239,28 @@ def test_a_damaged_note_of_what_was_sent_is_none(tmp_path: Path, tiny_release: R
     unlocking.forget()
     with pytest.raises(EncryptionError, match="stays locked"):
         last_sent(home)
+
+
+def test_a_note_of_what_was_sent_does_not_stay_in_the_clear(
+    tmp_path: Path, tiny_release: Release, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against a round that ends while its home is being encrypted, and writes where that was before."""
+    home = tmp_path / "home"
+    Device.create(home, tiny_release, link=True).close()
+    worker = threading.Thread(target=encrypt, args=(home, Protection(PASSPHRASE)))
+
+    def slow(home: Path, **given: Any) -> Private:
+        found = unlock(home, **given)
+        worker.start()
+        worker.join(1)
+        return found
+
+    monkeypatch.setattr(sent, "unlock", slow)
+    sent.note_sent(home, order(), size=7, own=True)
+    worker.join(60)
+    monkeypatch.undo()
+    assert not (home / SENT_FILE).exists()
+    assert (noted := last_sent(home)) is not None and noted.size == 7
 
 
 @pytest.mark.parametrize("back", [False, True])
