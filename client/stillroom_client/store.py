@@ -7,7 +7,8 @@ Guarantees
   https://sqlite.org/wal.html), and what is committed survives a power failure (`synchronous=FULL`).
 - A row number means one content for ever: a replaced passage gets a new row, and numbers are never used again.
 - A passage whose owner, title and text are unchanged is not touched, so it is not embedded again.
-- What is removed or erased is overwritten, not only unlinked (`secure_delete`, and the log is truncated).
+- What is removed or erased is overwritten, not only unlinked (`secure_delete`). In the log, what is erased goes at once, what
+  is removed at the next compaction, erasure, or end of the last process that has the file open.
 
 Any number of processes may read while one writes; writers wait for each other. Within a process the threads of one
 `Store` take turns.
@@ -258,11 +259,11 @@ class Store(Closing):
         return self.vectors_where(f"{which} ORDER BY row", values)
 
     def shrink(self) -> None:
-        """Give space back to the disk when a good part of the file is empty (`VACUUM`: whole or not at all)."""
+        """Give space back to the disk when a good part of the file is empty (`VACUUM`: whole or not at all); empty the log."""
         free, pages = (int(self.query(f"PRAGMA {name}")[0][0]) for name in ("freelist_count", "page_count"))
         if free > _FREE_SHARE * pages:
             self.query("VACUUM")
-            self.query("PRAGMA wal_checkpoint(TRUNCATE)")
+        self.query("PRAGMA wal_checkpoint(TRUNCATE)")
 
     def vectors_where(
         self, which: str, values: tuple[object, ...], *, table: str = "vectors"

@@ -173,6 +173,18 @@ def test_what_is_erased_is_gone_from_the_disk(path: Path) -> None:
     assert b"number b is plutonium" in left
 
 
+def test_what_was_removed_is_gone_from_the_disk_once_compacted(path: Path) -> None:
+    """Guards against a removed text that stays in the log for as long as something serves the home."""
+    with Store(path) as store, Store(path) as serving:
+        store.put(passages("a", "b", text="The secret numbat, {}."), units(2))
+        assert serving.count() == 2
+        store.remove(["a", "b"])
+        store.put(passages("c"), units(1))
+        store.shrink()
+        assert serving.count() == 1
+        assert not [file.name for file in path.parent.iterdir() if b"secret numbat" in file.read_bytes()]
+
+
 def test_files_are_readable_by_their_owner_only(path: Path) -> None:
     """Guards against other accounts of a shared machine that read the documents from the database or its log."""
     before = os.umask(0)
