@@ -25,6 +25,7 @@ from stillroom_client.home import (
     STORE_NAME,
     Identity,
     create_home,
+    require_own_identity,
 )
 from stillroom_client.index_plan import IndexSettings
 from stillroom_client.matryoshka import chosen_dimension
@@ -134,6 +135,11 @@ class Device(Closing):
         """
         identity, private = Identity.load(home), unlock(home, passphrase=key)
         store = Store(private.folder / STORE_NAME, private.vault)
+        try:
+            require_own_identity(home, store)
+        except BaseException:
+            store.close()
+            raise
         device = cls(home, identity, store, threads=threads, cache=cache)
         if release is not None:
             device.towers.take(release)

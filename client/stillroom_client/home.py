@@ -11,7 +11,7 @@
 | `serving/` | socket, token and certificate of `stillroom serve` (`serving/places.py`); absent before the first |
 | `index.tantivy/` | words; derived in the same way, one folder a generation (`text_index.py`) |
 
-An encrypted home keeps the last three, and all that other modules call private, in a folder `sealed/` (`unlocking.py`).
+An encrypted home keeps the store, the indexes, and all that other modules call private, in a folder `sealed/` (`unlocking.py`).
 
 `participation.py` adds a ledger, its key and what the owner consents to. Homes appear whole or not at all, and an
 adapter is replaced in one step.
@@ -19,6 +19,7 @@ adapter is replaced in one step.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import secrets
 import shlex
@@ -31,7 +32,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from stillroom_client.encrypting import Protection, new_private
 from stillroom_client.store import Store
 from stillroom_client.unlocking import SEALED_NAME
-from stillroom_shared.errors import DataError
+from stillroom_shared.errors import DataError, EncryptionError
 from stillroom_shared.files import private_folder, sync
 from stillroom_shared.release import Release, SealedAdapter, open_adapter, open_release
 
@@ -41,6 +42,7 @@ ADAPTER_NAME = "adapter"
 STORE_NAME = "store.sqlite3"
 INDEX_NAME = "index.faiss"
 TEXT_INDEX_NAME = "index.tantivy"
+_IDENTITY = "identity"  # key in `meta`: SHA-256 of `device.json`
 
 
 class Identity(BaseModel):
@@ -92,6 +94,19 @@ def create_home(
                 Store.create(path, dimension=dimension, full_dimension=full, vault=vault)
         identity = Identity(name=name, trusted_key=key, document_tower_hash=release.document_tower_hash)
         (partial / IDENTITY_NAME).write_text(identity.model_dump_json(indent=1) + "\n")
+
+
+def require_own_identity(home: Path, store: Store) -> None:
+    """Of an encrypted home: `EncryptionError` unless `device.json` says what it said when the home was first opened.
+
+    It lies in the clear, and names the key whose releases and adapters are trusted.
+    """
+    if store.vault.is_plain:
+        return
+    found = hashlib.sha256((home / IDENTITY_NAME).read_bytes()).digest()
+    known = store.query("SELECT value FROM meta WHERE key = ?", (_IDENTITY,))
+    if (bytes(known[0][0]) if known else store.secret(_IDENTITY, first=found)) != found:
+        raise EncryptionError(f"{home / IDENTITY_NAME} was altered: restore it from a backup of this home")
 
 
 def release_folder(release: Release) -> str:

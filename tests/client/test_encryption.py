@@ -86,6 +86,7 @@ def holdings(home: Path) -> dict[str, object]:
             row[0] for row in device.store.query("SELECT name FROM sqlite_schema WHERE type = 'table' ORDER BY 1")
         ]
         rows = {table: device.store.query(f"SELECT * FROM {table}") for table in tables}
+        rows["meta"] = [row for row in rows["meta"] if row[0] != "identity"]  # noted when an encrypted home is opened
         made = device.store.query("SELECT type, name, sql FROM sqlite_schema ORDER BY 1, 2")
     with open_ledger(home) as ledger:
         return {"rows": rows, "made": made, "ledger": ledger.rows(), "consent": Consent.load(home), "head": ledger.head}
@@ -229,6 +230,19 @@ def test_words_of_an_encrypted_home_are_brought_forward(
     assert written == [(1, 1)]
 
 
+def test_another_trusted_key_is_refused(tmp_path: Path, tiny_release: Release) -> None:
+    """Guards against a thief who writes to the disk and has the device trust releases and adapters of his own."""
+    home = tmp_path / "home"
+    Device.create(home, tiny_release, link=True, protection=Protection(PASSPHRASE)).close()
+    Device.open(home).close()
+    own = Identity.load(home)
+    (home / "device.json").write_text(own.model_copy(update={"trusted_key": "0" * 64}).model_dump_json(indent=1) + "\n")
+    with pytest.raises(EncryptionError, match="was altered"):
+        Device.open(home)
+    (home / "device.json").write_text(own.model_dump_json(indent=1) + "\n")
+    Device.open(home).close()
+
+
 def test_a_damaged_note_of_what_was_sent_is_none(tmp_path: Path, tiny_release: Release) -> None:
     """Guards against a privacy panel that shows nothing, not even the switch to leave, because of it."""
     home = tmp_path / "home"
@@ -275,7 +289,7 @@ def test_a_consent_that_moves_while_it_is_read_is_not_the_default(
     real, convert = Private.read, [lambda: decrypt(home) if back else encrypt(home, Protection(PASSPHRASE))]
 
     def late(private: Private, name: str) -> bytes:
-        if convert and name == CONSENT_FILE and sys._getframe(1).f_code is Consent.load.__func__.__code__:
+        if convert and name == CONSENT_FILE and sys._getframe(1).f_code.co_name == "load":
             convert.pop()()
         return real(private, name)
 

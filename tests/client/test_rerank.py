@@ -112,8 +112,10 @@ def test_another_reranker_answers_anew(
     query = "what does the okapi do"
     before = device.search(query, 3, mode="bm25", rerank=20)
     scorer: CrossEncoder = trained(tmp_path / "model", tiny_tokenizer)
-    for weights in scorer.model.classifier.parameters():
-        weights.data.neg_()
+    assert scorer.model is not None
+    for name, weights in scorer.model.named_parameters():
+        if name.startswith("classifier"):
+            weights.data.neg_()
     other = with_reranker(tmp_path / "other", release, scorer, key=signing_key, tokens=48)[0]
     device.upgrade(other.folder)
     after = device.search(query, 3, mode="bm25", rerank=20)

@@ -20,7 +20,9 @@ defence against forged requests; a header that our script sets from `sessionStor
 tab and ends with it; the token ends with the server. GET gives the page's own files, which hold nothing of the owner's, so
 they need no token; whatever reads or changes the device is a POST of JSON.
 
-Not covered: programs that run as the owner, the administrator, and extensions that the browser lets into every page.
+Not covered: who takes a fixed port (`--port`) while the page is not served, and leaves a service worker in the owner's browser
+(a free port, the default, is another one each time); programs that run as the owner, the administrator, and extensions that the
+browser lets into every page.
 """
 
 from __future__ import annotations
