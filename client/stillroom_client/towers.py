@@ -123,9 +123,9 @@ class Towers:
         return found if found.tower else replace(found, tower=self._identity.document_tower_hash)
 
     def _adapt(self, encoder: Encoder) -> None:
-        self._adapter_folder = adapter_folder(self._home, self.in_use.folder)
-        sealed = self.adapter
+        folder, sealed = adapter_folder(self._home, self.in_use.folder), self.adapter
         encoder.adopt(sealed.adapter if sealed else None)
+        self._adapter_folder = folder  # noted last: one that does not verify is an error of every search, not of the first
 
     def _fitting(self, release: Release) -> Release:
         """The release, if the index was built with its document tower."""
