@@ -125,7 +125,9 @@ class Towers:
     def _adapt(self, encoder: Encoder) -> None:
         folder, sealed = adapter_folder(self._home, self.in_use.folder), self.adapter
         encoder.adopt(sealed.adapter if sealed else None)
-        self._adapter_folder = folder  # noted last: one that does not verify is an error of every search, not of the first
+        self._adapter_folder = (
+            folder  # noted last: one that does not verify is an error of every search, not of the first
+        )
 
     def _fitting(self, release: Release) -> Release:
         """The release, if the index was built with its document tower."""
