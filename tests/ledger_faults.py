@@ -125,7 +125,7 @@ def main(scenario: str, folder: Path) -> dict[str, Any]:
         arm: Callable[[], object] = int  # nothing
         rounds: Iterator[int] = iter(range(5, 17))  # enough to make both the ledger and its journal grow
         if scenario in ("first", "next", "careless"):
-            arm, rounds = partial(kill_at_line, point), iter([5])
+            arm, rounds = partial(kill_at_line, point, TRACED), iter([5])
         elif scenario in ("torn", "full"):
             arm = partial(limit_files, 256 * (point - 1), kill=scenario == "torn")
         else:
