@@ -34,7 +34,7 @@ def folder() -> Iterator[Path]:
 
 def faults(scenario: str, folder: Path) -> dict[str, Any]:
     command = [sys.executable, "-m", "tests.ledger_faults", scenario, str(folder)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=900)
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
