@@ -245,12 +245,11 @@ class Indexes:
         count, base, history = store.count(), Base.load(self._vectors_file, self._vault), History(store)
         if self._is_small(count):
             return None
-        if not isinstance(base, Base) or not history.has_vectors_of(base.generation):
-            return build(store, generation, self.settings.kind_for(count))
-        far = _far(base, store, self.settings, count)
-        if far == "built":
-            return build(store, generation, self.settings.kind_for(count))
-        return base.extended(generation, history.mark(), history.vectors(base.mark)) if far else None
+        if isinstance(base, Base) and history.has_vectors_of(base.generation):
+            far = _far(base, store, self.settings, count)
+            if far != "built":
+                return base.extended(generation, history.mark(), history.vectors(base.mark)) if far else None
+        return build(store, generation, self.settings.kind_for(count))
 
     def _vectors_of(self, generation: Generation) -> VectorIndex | None:
         """The index of this generation; None when it is small and must be built."""

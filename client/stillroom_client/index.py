@@ -111,14 +111,14 @@ class VectorIndex:
         wanted = np.ascontiguousarray(queries, np.float32)
         with one_thread():
             near = self._in_base(wanted, k, rows, effort, stored)
-            if (some := self._part(self.tail.rows, rows)).count:
+            if (some := self._live_tail if rows is None else _Part.of(self.tail.rows, rows)).count:
                 walk = _Walk(self.tail.faiss, faiss.SearchParameters, {})
                 scores, places = walk.nearest(wanted, min(k, some.count), some)
                 near = _merged(near, (scores, self.tail.rows[places]), k)
         return near
 
     def _in_base(self, queries: Vectors, k: int, rows: Rows | None, effort: Effort, stored: Stored) -> _Near:
-        base, some = self.base, self._live if rows is None else self._part(self.base.rows, rows)
+        base, some = self.base, self._live if rows is None else _Part.of(self.base.rows, rows)
         k = min(k, some.count)
         depth = min(max(k, effort.candidates), some.count)
         if k == 0:
@@ -133,8 +133,9 @@ class VectorIndex:
     def _live(self) -> _Part:
         return _Part.but(self.base.rows, self.gone)
 
-    def _part(self, known: Rows, rows: Rows | None) -> _Part:
-        return _Part.but(known, self.gone) if rows is None else _Part.of(known, rows)
+    @cached_property
+    def _live_tail(self) -> _Part:
+        return _Part.but(self.tail.rows, self.gone)
 
 
 _Near = tuple[Vectors, Rows]
@@ -224,14 +225,16 @@ class _Walk:
 
 def _merged(one: _Near, other: _Near, k: int) -> _Near:
     """The best k of two, for each query."""
-    scores, rows = np.concatenate([one[0], other[0]], axis=1), np.concatenate([one[1], other[1]], axis=1)  # (q, n)
-    order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-    return np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1)
+    return _best(np.concatenate([one[0], other[0]], axis=1), np.concatenate([one[1], other[1]], axis=1), k)
 
 
 def _reranked(queries: Vectors, rows: Rows, k: int, stored: Stored) -> _Near:
     """The best k of candidate rows (q, n), by their stored vectors."""
     rows = np.sort(rows, axis=1)  # each row of a query once, so that stored vectors come in their order
-    scores = np.stack([stored(own) @ query for query, own in zip(queries, rows, strict=True)])
+    return _best(np.stack([stored(own) @ query for query, own in zip(queries, rows, strict=True)]), rows, k)
+
+
+def _best(scores: Vectors, rows: Rows, k: int) -> _Near:
+    """The k rows (q, k) of the highest scores among (q, n), best first."""
     order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
     return np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1)

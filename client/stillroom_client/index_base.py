@@ -2,7 +2,7 @@
 
 The file is what `faiss.read_index` reads, then the rows (8 bytes each, ascending), a footer (generation, up to where the store
 was read, kind), a mark, and a SHA-256 of all before it. A file is used when all of this holds and its generation is of the
-store's own past (`Store.knows`); otherwise it is
+store's own past (`History.has_vectors_of`); otherwise it is
 
 | fault | when |
 |---|---|

@@ -26,8 +26,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from types import TracebackType
-from typing import IO, Any, Self
+from typing import IO, Any
 
 from stillroom_client.documents import Document, Located, Position, Scalar
 from stillroom_client.readers.blocks import Reading, UnreadableError
@@ -35,6 +34,7 @@ from stillroom_client.readers.decoding import decoded
 from stillroom_client.readers.kinds import known
 from stillroom_client.readers.worker import reading
 from stillroom_shared.beir import read_lines
+from stillroom_shared.closing import Closing
 from stillroom_shared.corpus import Passage
 
 PATIENCE = 120.0  # seconds for reading one file
@@ -63,7 +63,7 @@ def path_id(path: Path) -> str:
     return str(path).encode("utf-8", "backslashreplace").decode()
 
 
-class Parser:
+class Parser(Closing):
     """The process that reads documents, started when first needed and again after a file that ended it.
 
     Args:
@@ -106,14 +106,6 @@ class Parser:
                 if stream is not None:
                     with suppress(OSError):  # flushes what nobody reads any more
                         stream.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     @staticmethod
     def _started() -> subprocess.Popen[bytes]:
