@@ -130,7 +130,7 @@ def _write_tower(
     for name in ONNX_FILES.values():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
     _merged(tower, adapter).save_pretrained(folder)
-    _write_tokenizer(folder, tokenizer, tokens)
+    write_tokenizer(folder, tokenizer, tokens)
     _write_modules(folder, tower.config.hidden_size, tokens)
     export(tower, folder / ONNX_FILES["float32"], adapter)
     quantize(folder / ONNX_FILES["float32"], folder / ONNX_FILES["int8"], blockwise=blockwise)
@@ -147,7 +147,8 @@ def _merged(tower: BertModel, adapter: Adapter | None) -> BertModel:
     return merge(adapted)
 
 
-def _write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerFast, tokens: int) -> None:
+def write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerFast, tokens: int) -> Tokenizer:
+    """Save a tokenizer for Sentence Transformers, which reads `tokens` of a text, and for the device; the device's."""
     own = copy.deepcopy(tokenizer)
     own.model_max_length = tokens
     own.save_pretrained(folder)
@@ -156,6 +157,7 @@ def _write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerFast, tokens: i
     plain.no_truncation()
     plain.no_padding()
     plain.save(str(folder / TOKENIZER_NAME))
+    return plain
 
 
 def _write_modules(folder: Path, dimension: int, tokens: int) -> None:

@@ -29,12 +29,12 @@ from torch import Tensor, nn
 from transformers import BertForSequenceClassification, PreTrainedTokenizerFast
 
 from stillroom_server.export import INPUTS, bare, quantize, quiet
+from stillroom_server.publish import write_tokenizer
 from stillroom_shared.errors import ReleaseError
 from stillroom_shared.release import (
     ONNX_FILES,
     RERANKER_FOLDER,
     RERANKER_SETTINGS,
-    TOKENIZER_NAME,
     Release,
     RerankerSettings,
     open_release,
@@ -97,14 +97,7 @@ def export_reranker(
     for name in ONNX_FILES.values():
         (target / name).parent.mkdir(parents=True, exist_ok=True)
     scorer.save_pretrained(target)
-    own = copy.deepcopy(tokenizer)
-    own.model_max_length = tokens
-    own.save_pretrained(target)
-    # The device sets truncation itself; a tokenizer that was used remembers its last.
-    plain = Tokenizer.from_str(own.backend_tokenizer.to_str())
-    plain.no_truncation()
-    plain.no_padding()
-    plain.save(str(target / TOKENIZER_NAME))
+    plain = write_tokenizer(target, tokenizer, tokens)
     settings = RerankerSettings(tokens=tokens).model_dump()
     (target / RERANKER_SETTINGS).write_text(json.dumps(settings, indent=1) + "\n")
     _export(scorer, target / ONNX_FILES["float32"])
