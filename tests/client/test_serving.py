@@ -142,21 +142,29 @@ def test_adding_is_one_change_that_keeps_metadata_and_place(device: Device, clie
 
 
 def test_a_stream_that_breaks_adds_nothing_and_its_work_is_not_lost(device: Device, stub: Any) -> None:
-    """Guards against half of a change that is searched, and against embedding it all again after a break."""
-    request = pb.AddRequest(passages=[pb.Passage(id=f"n{n}", text=f"numbat {n}") for n in range(10)])
-    asked = threading.Event()
+    """Guards against half of a change that is searched, and against embedding it all again after a break.
 
-    def slowly() -> Iterator[pb.AddRequest]:
-        yield request
-        asked.wait(10)
+    The end of a cancelled stream and the news that it was cancelled race in the server, hence the repetition.
+    """
+    requests = [
+        pb.AddRequest(passages=[pb.Passage(id=f"n{n}-{m}", text=f"numbat {n} {m}") for m in range(10)])
+        for n in range(40)
+    ]
+    before = device.status().passages
+    for n, request in enumerate(requests):
+        asked = threading.Event()
 
-    call = stub.Add.future(slowly())
-    until(lambda: device.store.query("SELECT count(*) FROM staged") == [(10,)])
-    call.cancel()
-    asked.set()
-    assert not device.has("n0")
+        def slowly(request: pb.AddRequest = request, asked: threading.Event = asked) -> Iterator[pb.AddRequest]:
+            yield request
+            asked.wait(10)
+
+        call = stub.Add.future(slowly())
+        until(lambda n=n: device.store.query("SELECT count(*) FROM staged") == [(10 * (n + 1),)])  # type: ignore[misc]
+        call.cancel()
+        asked.set()
     embedded = counted(device)
-    assert stub.Add(iter([request])).added == 10 and embedded == []
+    assert stub.Add(iter(requests[:5])).added == 50 and embedded == []
+    assert not device.has("n5-0") and device.status().passages == before + 50
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from itertools import islice
 from traceback import extract_tb
 from typing import Any, NoReturn, TypeVar
 
-from grpc.aio import ServicerContext
+from grpc.aio import InternalError, ServicerContext
 
 from stillroom_client.device import Device
 from stillroom_client.documents import Located
@@ -92,7 +92,9 @@ class Retrieval(RetrievalServicer):
     @answering
     async def Add(self, requests: AsyncIterator[pb.AddRequest], context: Context) -> pb.AddResponse:
         async with self._work.time_of(context, self._limits.adding_seconds) as end:
-            change = await self._add(requests, end)
+            located = await self._received(requests, end)
+            await _still_there(context)
+            change = await self._work.write_before(end, lambda: self._put(located))
         return pb.AddResponse(added=change.added, replaced=change.replaced, unchanged=change.unchanged)
 
     @answering
@@ -150,8 +152,8 @@ class Retrieval(RetrievalServicer):
                 f"the query has {len(query):,} characters: {self._limits.query_characters:,} are read; shorten it"
             )
 
-    async def _add(self, requests: AsyncIterator[pb.AddRequest], end: float) -> Change:
-        """Embed as messages come in, and store all of them at once at the end."""
+    async def _received(self, requests: AsyncIterator[pb.AddRequest], end: float) -> list[Located]:
+        """The passages of all messages, embedded as they come in."""
         located: list[Located] = []
         size = 0
         async for request in requests:
@@ -166,7 +168,7 @@ class Retrieval(RetrievalServicer):
             batches = iter(fresh)
             while batch := list(islice(batches, _BATCH)):
                 await self._work.write_before(end, lambda batch=batch: self._embed(batch))  # type: ignore[misc]
-        return await self._work.write_before(end, lambda: self._put(located))
+        return located
 
     def _located(self, message: pb.Passage) -> Located:
         found = wire.located_of(message, self._device.identity.name)
@@ -194,6 +196,18 @@ class Retrieval(RetrievalServicer):
         change = self._device.catalog.put_lone(located)
         self._device.catalog.unstage()
         return change
+
+
+async def _still_there(context: Context) -> None:
+    """Go on only if the client still waits.
+
+    To gRPC's readers a stream that was cancelled, or whose connection broke, ends like one that is complete; the news
+    that it was may come later. Headers cannot be sent to it, though.
+    """
+    try:
+        await context.send_initial_metadata(())
+    except InternalError:
+        raise asyncio.CancelledError from None
 
 
 def _show(message: pb.Hit, hit: Hit, query: str) -> None:
