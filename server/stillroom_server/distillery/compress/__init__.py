@@ -1,0 +1,1 @@
+"""Quantization, checks of exported graphs, and the search for an architecture."""

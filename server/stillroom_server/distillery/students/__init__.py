@@ -1,0 +1,1 @@
+"""Students: how each kind begins, and what makes it smaller while it learns."""

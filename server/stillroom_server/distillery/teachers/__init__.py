@@ -1,0 +1,1 @@
+"""Teachers: bi-encoder, cross-encoder, late interaction, BM25, and weighted sets of them."""
