@@ -33,6 +33,7 @@ from stillroom_server.teacher import tower_of
 from stillroom_shared.adapter import AdapterSpec
 from stillroom_shared.progress import Progress, Stage
 from stillroom_shared.settings import RoundsSettings, Settings
+from stillroom_shared.workspace import key_of
 from stillroom_simulations.federation import BatchedUpdates, make_plan, run_federation
 from stillroom_simulations.memory import keep_freed_memory
 from stillroom_simulations.owners import CONSENT, agree
@@ -41,7 +42,6 @@ from stillroom_simulations.report import write_report
 from stillroom_simulations.results import Results
 from stillroom_simulations.run_context import RunContext
 from stillroom_simulations.summary import summarize
-from stillroom_simulations.workspace import key_of
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -26,10 +26,10 @@ from stillroom_shared.corpus import Corpus
 from stillroom_shared.release import Release, open_release
 from stillroom_shared.settings import RoundsSettings, Settings
 from stillroom_shared.signing import SigningKey
+from stillroom_shared.workspace import Workspace, key_of
 from stillroom_simulations.federation import mine_population
 from stillroom_simulations.population import SimulatedDevice, make_population
 from stillroom_simulations.sources import load_corpus
-from stillroom_simulations.workspace import Workspace, key_of
 
 _OPERATOR_KEY = "operator.key"
 _ENCODED_AT_ONCE = 128

@@ -13,8 +13,8 @@ from stillroom_shared.beir import load_beir
 from stillroom_shared.corpus import Corpus, Passage, Query
 from stillroom_shared.errors import SettingsError
 from stillroom_shared.settings import CorpusSettings
+from stillroom_shared.workspace import key_of
 from stillroom_simulations.docstrings import FULL, SMALL, DocstringSource, docstring_corpus
-from stillroom_simulations.workspace import key_of
 
 _SOURCES = {"small": SMALL, "full": FULL}
 Progress = Callable[[int, int], None]

@@ -38,13 +38,13 @@ from stillroom_shared.errors import SettingsError
 from stillroom_shared.progress import Progress, Stage
 from stillroom_shared.settings import RoundsSettings, Settings
 from stillroom_shared.statement import READERS
+from stillroom_shared.workspace import key_of
 from stillroom_simulations.benchmark_file import commit, figure, machine, versions
 from stillroom_simulations.demo import DemoRun
 from stillroom_simulations.intervals import interval_of_mean, interval_of_ratio
 from stillroom_simulations.measure import Trial
 from stillroom_simulations.memory import keep_freed_memory
 from stillroom_simulations.utility_chart import utility_chart_svg
-from stillroom_simulations.workspace import key_of
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from stillroom_shared.errors import SettingsError
-from stillroom_simulations.workspace import Workspace
+from stillroom_shared.workspace import Workspace
 
 
 def test_an_interrupted_stage_keeps_its_outputs_and_its_time(tmp_path: Path) -> None:
