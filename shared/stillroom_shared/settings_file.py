@@ -1,6 +1,8 @@
 """One TOML file and some `key=value` pairs into one tree of frozen pydantic models, or a refusal in words.
 
 Knows nothing of what is set: `stillroom_shared.settings` holds the models. Keys are dotted (`rounds.noise_multiplier`).
+A setting of type `dict[str, SomeGroup]` is a table of groups whose names the file chooses: `teachers.large.weight` is
+the setting `teachers.*.weight`.
 TOML has no null, so the text `none` unsets a setting that may be unset, in a file as on the command line.
 
 | given | result |
@@ -27,6 +29,8 @@ from pydantic_core import ErrorDetails
 from stillroom_shared.errors import SettingsError
 
 _BOUNDS = {"gt": "above {}", "ge": "at least {}", "lt": "below {}", "le": "at most {}", "min_length": "not empty"}
+ANY = "*"
+"""Stands in a key for a name that the file chooses."""
 _KINDS = {int: "integer", float: "number", bool: "true or false", str: "text", Path: "path"}
 
 
@@ -53,16 +57,18 @@ def load(
     """
     known = dict(fields(type(defaults)))
     given = dict(_read(path)) if path else {}
-    given |= {key: _from_text(known[key].annotation, text) if key in known else text for key, text in overrides.items()}
-    if unknown := [key for key in given if key not in known]:
+    for key, text in overrides.items():
+        field = _known(key, known)
+        given[key] = _from_text(field.annotation, text) if field else text
+    if unknown := [key for key in given if _known(key, known) is None]:
         raise SettingsError("\n".join(_unknown(key, known) for key in unknown))
     tree = defaults.model_dump(mode="json")
     for key, value in {**preset(given), **given}.items():
         *groups, name = key.split(".")
-        table = tree
+        table, field = tree, _known(key, known)
         for group in groups:
-            table = table[group]
-        table[name] = None if value == "none" and _may_be_none(known[key].annotation) else value
+            table = table.setdefault(group, {})
+        table[name] = None if value == "none" and field and _may_be_none(field.annotation) else value
     try:
         # Through JSON: pydantic's strict mode then reads lists as tuples and text as paths, but no text as a number.
         return type(defaults).model_validate_json(json.dumps(tree, default=str), strict=True)
@@ -74,7 +80,7 @@ def load(
 def fields(model: type[Group]) -> Iterator[tuple[str, FieldInfo]]:
     """Every setting by dotted key, group by group."""
     for prefix, group in _groups(model):
-        yield from ((f"{prefix}{name}", field) for name, field in group.model_fields.items() if not _group_of(field))
+        yield from ((f"{prefix}{name}", field) for name, field in group.model_fields.items() if not _inner(field))
 
 
 def allowed(field: FieldInfo) -> str:
@@ -107,8 +113,9 @@ def reference(scales: Mapping[str, Group]) -> str:
         lines += ["", f"## {prefix.rstrip('.') or 'Without a group'}", "", summary, ""]
         lines += [f"| setting | {' | '.join(scales)} | allowed | meaning |", "|" + "---|" * (3 + len(scales))]
         for name, field in group.model_fields.items():
-            if not _group_of(field):
-                shown = " | ".join(f"`{_text(column[prefix + name])}`" for column in columns)
+            if not _inner(field):
+                usual = field.get_default(call_default_factory=True) if ANY in prefix else None
+                shown = " | ".join(f"`{_text(column.get(prefix + name, usual))}`" for column in columns)
                 lines.append(f"| `{prefix}{name}` | {shown} | {allowed(field)} | {field.description} |")
     return "\n".join(lines)
 
@@ -116,14 +123,25 @@ def reference(scales: Mapping[str, Group]) -> str:
 def _groups(model: type[Group], prefix: str = "") -> Iterator[tuple[str, type[Group]]]:
     """Groups with the prefix of their keys, the model itself last."""
     for name, field in model.model_fields.items():
-        if group := _group_of(field):
-            yield from _groups(group, f"{prefix}{name}.")
+        if inner := _inner(field):
+            group, step = inner
+            yield from _groups(group, f"{prefix}{name}{step}.")
     yield prefix, model
 
 
-def _group_of(field: FieldInfo) -> type[Group] | None:
-    kind = field.annotation
-    return kind if isinstance(kind, type) and issubclass(kind, Group) else None
+def _inner(field: FieldInfo) -> tuple[type[Group], str] | None:
+    """The group that a field is, or that its named tables are, and what stands for their names in its key."""
+    kind, step = field.annotation, ""
+    if get_origin(kind) is dict:
+        kind, step = get_args(kind)[1], f".{ANY}"
+    return (kind, step) if isinstance(kind, type) and issubclass(kind, Group) else None
+
+
+def _known(key: str, known: Mapping[str, FieldInfo]) -> FieldInfo | None:
+    """The setting that a key names; one of its parts may be a name that the file chose."""
+    parts = key.split(".")
+    chosen = (".".join([*parts[:place], ANY, *parts[place + 1 :]]) for place in range(1, len(parts) - 1))
+    return next((known[one] for one in (key, *chosen) if one in known), None)
 
 
 def _bare(annotation: Any) -> Any:
@@ -194,8 +212,13 @@ def _unknown(key: str, known: Mapping[str, FieldInfo]) -> str:
 def _refusal(problem: ErrorDetails, known: Mapping[str, FieldInfo], defaults: Mapping[str, object]) -> str:
     parts = [str(part) for part in problem["loc"]]
     # Positions in a list and branches of a union follow the name of the setting.
-    key = next((".".join(parts[:end]) for end in range(len(parts), 0, -1) if ".".join(parts[:end]) in known), None)
-    if key is None:  # several settings of a group that do not fit together: the model's own words
+    starts = (".".join(parts[:end]) for end in range(len(parts), 0, -1))
+    key, field = next(((start, found) for start in starts if (found := _known(start, known))), (None, None))
+    if key is None or field is None:  # several settings of a group that do not fit together: the model's own words
         return f"settings of {'.'.join(parts)}: {problem['msg'].removeprefix('Value error, ')}"
-    meaning, default = known[key].description, _text(defaults[key])
-    return f"setting {key} is {problem['input']!r}: give {allowed(known[key])} ({meaning}); the default is {default}"
+    if problem["type"] == "missing":
+        return f"setting {key} is missing: give {allowed(field)} ({field.description})"
+    default = _text(defaults[key] if key in defaults else field.get_default(call_default_factory=True))
+    return (
+        f"setting {key} is {problem['input']!r}: give {allowed(field)} ({field.description}); the default is {default}"
+    )

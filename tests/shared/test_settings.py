@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from stillroom_shared.errors import SettingsError
 from stillroom_shared.mechanism import MechanismName
 from stillroom_shared.settings import SCALES, RoundsSettings, Settings, load_settings
-from stillroom_shared.settings_file import allowed, fields, reference
+from stillroom_shared.settings_file import Group, allowed, fields, load, reference
 
 ROOT = Path(__file__).resolve().parents[2]
 KNOWN = dict(fields(Settings))
@@ -163,3 +164,37 @@ def test_every_setting_is_described() -> None:
     for key, field in KNOWN.items():
         assert field.description and "|" not in field.description, key
         assert "none or none" not in allowed(field)
+
+
+class Animal(Group):
+    """One of a zoo."""
+
+    weight: float = Field(1.0, gt=0, description="in kg")
+    legs: int = Field(ge=0, description="how many it stands on")
+
+
+class Zoo(Group):
+    """Animals under names of the file's choice."""
+
+    animals: dict[str, Animal] = Field(default_factory=dict, description="by name")
+
+
+def test_named_tables_take_any_name_and_nothing_else(tmp_path: Path) -> None:
+    """Guards against a misspelt setting inside a table whose name is free, which would be taken for another name."""
+    path = tmp_path / "zoo.toml"
+    path.write_text("[animals.tapir]\nlegs = 4\n[animals.crane]\nlegs = 2\nweight = 6.0\n")
+    zoo = load(Zoo(), path, {"animals.crane.weight": "7", "animals.newt.legs": "4"})
+    assert {name: (one.legs, one.weight) for name, one in zoo.animals.items()} == {
+        "tapir": (4, 1.0),
+        "crane": (2, 7.0),
+        "newt": (4, 1.0),
+    }
+    for text, words in [
+        ("[animals.tapir]\nleg = 4", "setting animals.tapir.leg is unknown: did you mean animals"),
+        ("[animals.tapir]\nweight = 4.0", "setting animals.tapir.legs is missing: give integer, at least 0"),
+        ("[animals.tapir]\nlegs = -1", "setting animals.tapir.legs is -1: give integer, at least 0"),
+        ("animals = 3", "setting animals is unknown"),
+    ]:
+        path.write_text(text)
+        with pytest.raises(SettingsError, match=re.escape(words)):
+            load(Zoo(), path, {})
