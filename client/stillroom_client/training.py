@@ -209,11 +209,3 @@ def _blocks(rows: list[tuple[int, Record]]) -> Iterator[list[tuple[int, Record]]
         if end == len(rows) or full or rows[end][1].candidates.shape != rows[start][1].candidates.shape:
             yield rows[start:end]
             start = end
-
-
-def native_bfloat16() -> bool:
-    """Whether this processor multiplies bfloat16 matrices natively; where it does not, float32 is faster."""
-    try:
-        return "avx512_bf16" in Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False

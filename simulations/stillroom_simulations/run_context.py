@@ -19,10 +19,11 @@ from sentence_transformers import SentenceTransformer
 
 from stillroom_client.encoder import Encoder
 from stillroom_client.records import MAXIMUM_RECORDS
-from stillroom_client.training import Record, Trainer, native_bfloat16
+from stillroom_client.training import Record, Trainer
 from stillroom_server.coordinate import Coordinator
 from stillroom_server.teacher import TeacherVectors, load_teacher
 from stillroom_shared.corpus import Corpus
+from stillroom_shared.processor import native_bfloat16
 from stillroom_shared.release import Release, open_release
 from stillroom_shared.settings import RoundsSettings, Settings
 from stillroom_shared.signing import SigningKey

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from stillroom_client.training import Trainer, native_bfloat16
+from stillroom_client.training import Trainer
 from stillroom_server.coordinate import Coordinator
 from stillroom_server.plan import Plan
 from stillroom_server.search import KEY_FILE, LEDGER_FILE, TRIALS_FOLDER, Search, notes
@@ -30,6 +30,7 @@ from stillroom_server.verdict import Policy, evaluations_in
 from stillroom_shared.errors import SettingsError
 from stillroom_shared.events import Event
 from stillroom_shared.ledger import Ledger
+from stillroom_shared.processor import native_bfloat16
 from stillroom_shared.release import Release, open_release
 from stillroom_shared.settings import EvaluationSettings, RoundsSettings, Settings
 from stillroom_shared.signing import SigningKey

@@ -186,7 +186,7 @@ def test_published_figure_on_cranfield() -> None:
     sentence_transformers = pytest.importorskip("sentence_transformers")
     import torch
 
-    from stillroom_client.training import native_bfloat16
+    from stillroom_shared.processor import native_bfloat16
 
     corpus = load_beir(DATA / "cranfield", splits="as-published")
     model = sentence_transformers.SentenceTransformer(str(Path(teacher.__file__).parent / "model"), device="cpu")
