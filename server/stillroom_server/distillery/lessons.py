@@ -29,6 +29,7 @@ from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from stillroom_server.distillery.teachers.base import Role
@@ -135,6 +136,11 @@ class Lessons:
     def roles(self) -> NDArray[np.uint8]:
         """The index in `ROLES` of each text, (texts,)."""
         return np.asarray(self._texts["role"].to_numpy(), np.uint8)
+
+    @cached_property
+    def lengths(self) -> NDArray[np.int32]:
+        """Characters of each text, (texts,), which order texts like their tokens do."""
+        return np.asarray(pc.utf8_length(self._texts["text"]).to_numpy(), np.int32)
 
     @cached_property
     def queries(self) -> NDArray[np.int64]:

@@ -1,0 +1,62 @@
+"""What the teachers said, laid beside the lessons: constants of training, memory-mapped and read a batch at a time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from stillroom_server.distillery.lessons import Lessons
+from stillroom_shared.errors import DataError
+
+
+@dataclass(frozen=True, eq=False)
+class Bank:
+    """Lessons with the vectors and scores that belong to them.
+
+    Attributes:
+        lessons: texts and lists.
+        vectors: unit vectors of the teacher whose space the student shares, (texts, dim), of any float type; or None.
+        scores: of the teachers together, (lists, k) float32; or None.
+    """
+
+    lessons: Lessons
+    vectors: NDArray[np.floating] | None = None
+    scores: NDArray[np.float32] | None = None
+
+    def __post_init__(self) -> None:
+        if self.vectors is not None and len(self.vectors) != len(self.lessons):
+            raise DataError(f"{len(self.vectors)} vectors for {len(self.lessons)} texts: make the vectors again")
+        wanted = self.lessons.lists, self.lessons.candidates
+        if self.scores is not None and self.scores.shape != wanted:
+            raise DataError(f"scores have shape {self.scores.shape}, the lists {wanted}: make the scores again")
+
+    @property
+    def dimension(self) -> int | None:
+        """Of the vectors."""
+        return None if self.vectors is None else int(self.vectors.shape[1])
+
+    def vectors_of(self, rows: NDArray[np.int64]) -> Tensor:
+        """Vectors of texts, (*rows.shape, dim) float32."""
+        if self.vectors is None:
+            raise DataError("there are no teacher's vectors: name `documents` in the recipe")
+        # Rows in ascending order are read from disk in one sweep.
+        unique, places = np.unique(rows, return_inverse=True)
+        return torch.from_numpy(np.asarray(self.vectors[unique], np.float32)[places.reshape(rows.shape)])
+
+    @cached_property
+    def passages(self) -> Tensor:
+        """Vectors of all passages, (passages, dim) float32, held in memory: what a ranking of the whole corpus is over."""
+        return self.vectors_of(self.lessons.rows("passage"))
+
+    @cached_property
+    def place_of(self) -> NDArray[np.int64]:
+        """Where each text's row is among `passages`, (texts,); -1 for a query."""
+        rows = self.lessons.rows("passage")
+        places = np.full(len(self.lessons), -1, np.int64)
+        places[rows] = np.arange(len(rows))
+        return places

@@ -1,0 +1,107 @@
+"""Which texts share a step, and how they are read: rows of lessons become what a trainer of Sentence Transformers takes.
+
+A data set here is nothing but numbers: `label`, the row of a text or the number of a list, and `length`, which is roughly its
+number of tokens. Texts are read from their memory-mapped file when their batch is due.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+from datasets import Dataset
+from datasets.table import InMemoryTable
+from numpy.typing import NDArray
+from sentence_transformers.base.sampler import DefaultBatchSampler
+
+from stillroom_server.distillery.lessons import Lessons
+
+Unit = Literal["text", "list"]
+LENGTH = "length"
+LABEL = "label"
+_POOL = 32
+"""Batches that are sorted by length together: like lengths share a batch, and batches stay random."""
+
+
+def numbered(labels: NDArray[np.integer], lengths: NDArray[np.integer]) -> Dataset:
+    """A data set of labels and lengths, (n,) each."""
+    columns = [pa.array(labels, pa.int64()), pa.array(lengths, pa.int32())]
+    return Dataset(InMemoryTable(pa.table(columns, names=[LABEL, LENGTH])))
+
+
+def text_set(lessons: Lessons, rows: NDArray[np.integer]) -> Dataset:
+    """Texts by row."""
+    return numbered(rows, lessons.lengths[rows])
+
+
+def list_set(lessons: Lessons, numbers: NDArray[np.integer], *, whole: bool) -> Dataset:
+    """Lists by number; `whole` counts the candidates' lengths too, for students that read them."""
+    lengths = lessons.lengths[lessons.queries[numbers]].astype(np.int64)
+    if whole:
+        lengths = lengths + lessons.lengths[lessons.passages[numbers]].max(axis=1)
+    return numbered(numbers, lengths)
+
+
+class LikeLengths(DefaultBatchSampler):
+    """Random batches of like length: padding wasted a third of the work otherwise."""
+
+    def __init__(self, dataset: Dataset, batch_size: int, **options: Any) -> None:
+        super().__init__(range(len(dataset)), batch_size=batch_size, drop_last=False)
+        # The trainer wraps data sets whose names it needs, and a wrapped one is read row by row: read the table itself.
+        self._lengths = np.asarray(dataset.data.column(LENGTH).to_numpy())
+        self._seed = int(options.get("seed", 0))
+        self._epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the trainer before each epoch."""
+        self._epoch = epoch
+
+    def __iter__(self) -> Iterator[list[int]]:
+        generator = np.random.default_rng([self._seed, self._epoch])
+        order = generator.permutation(len(self._lengths))
+        pool = self.batch_size * _POOL
+        batches = [
+            chunk[start : start + self.batch_size].tolist()
+            for begin in range(0, len(order), pool)
+            for chunk in [
+                order[begin : begin + pool][np.argsort(self._lengths[order[begin : begin + pool]], kind="stable")]
+            ]
+            for start in range(0, len(chunk), self.batch_size)
+        ]
+        for i in generator.permutation(len(batches)):
+            yield batches[i]
+
+
+class Reading:
+    """A collator that reads the texts of its numbers and leaves the rest to the trainer's own.
+
+    Args:
+        inner: the collator of the student's kind.
+        units: what the labels of each data set number.
+        passages: whether the student reads candidates as well.
+    """
+
+    def __init__(self, inner: Any, lessons: Lessons, units: Mapping[str, Unit], *, passages: bool) -> None:
+        self._inner, self._lessons, self._units, self._passages = inner, lessons, units, passages
+        self.valid_label_columns = [LABEL]  # asked for by the trainer
+
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """What the trainer takes: tokens, or texts for a cross-encoder, of the query and its candidates; and labels."""
+        labels = np.array([one[LABEL] for one in features], np.int64)
+        name = features[0].get("dataset_name", next(iter(self._units)))
+        columns = {"query": self._lessons.texts(self._queries(self._units[name], labels))}
+        if self._passages and self._units[name] == "list":
+            rows = self._lessons.passages[labels]  # (batch, k)
+            texts = self._lessons.texts(rows.ravel())
+            columns |= {f"passage{place}": texts[place :: rows.shape[1]] for place in range(rows.shape[1])}
+        read = [
+            {"dataset_name": name, **dict(zip(columns, row, strict=True)), LABEL: int(label)}
+            for *row, label in zip(*columns.values(), labels, strict=True)
+        ]
+        collated: dict[str, Any] = self._inner(read)
+        return collated
+
+    def _queries(self, unit: Unit, labels: NDArray[np.int64]) -> NDArray[np.int64]:
+        return labels if unit == "text" else self._lessons.queries[labels]

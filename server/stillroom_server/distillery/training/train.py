@@ -1,0 +1,237 @@
+"""A training run: a trainer of Sentence Transformers over lessons, which can be interrupted, resumed and spread over processes.
+
+    FOLDER/checkpoints/   the newest checkpoint: weights, optimizer, schedule, position in the data, projections of the losses
+    FOLDER/curves/        TensorBoard: each loss, the rate, the gradient's length
+
+The first interrupt (Ctrl-C) finishes the step, saves and raises `KeyboardInterrupt`; after a kill, `save_minutes` are lost at
+most. A run that goes on from a checkpoint ends with the weights of one that was never interrupted (tested). Under `accelerate
+launch` or `torchrun` every process takes its share of the batches; gradients of projections are averaged like the student's.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from datasets import Dataset, DatasetDict
+from sentence_transformers import (
+    CrossEncoder,
+    CrossEncoderTrainer,
+    CrossEncoderTrainingArguments,
+    MultiVectorEncoder,
+    MultiVectorEncoderTrainer,
+    MultiVectorEncoderTrainingArguments,
+    SentenceTransformer,
+    SentenceTransformerTrainer,
+    SentenceTransformerTrainingArguments,
+)
+from torch import Tensor, nn
+from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import TensorBoardCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from stillroom_server.distillery.lessons import Lessons
+from stillroom_server.distillery.losses.composition import Composition
+from stillroom_server.distillery.training.batches import LikeLengths, Reading, Unit
+from stillroom_server.distillery.training.objectives import Clock
+from stillroom_server.distillery.training.settings import TrainingSettings
+from stillroom_shared.processor import native_bfloat16
+
+Student = SentenceTransformer | MultiVectorEncoder | CrossEncoder
+Progress = Callable[[int, int], None]
+
+_LOSSES = "losses.pt"
+
+
+class _Plain:
+    """A trainer that writes no model card: it would read texts from data sets of numbers; the recipe describes itself."""
+
+    def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
+        """Nothing to add."""
+
+
+class _TowerTrainer(_Plain, SentenceTransformerTrainer):
+    pass
+
+
+class _LateTrainer(_Plain, MultiVectorEncoderTrainer):
+    pass
+
+
+class _RerankTrainer(_Plain, CrossEncoderTrainer):
+    pass
+
+
+_KINDS: tuple[tuple[type, type, type], ...] = (
+    (CrossEncoder, _RerankTrainer, CrossEncoderTrainingArguments),
+    (MultiVectorEncoder, _LateTrainer, MultiVectorEncoderTrainingArguments),
+    (SentenceTransformer, _TowerTrainer, SentenceTransformerTrainingArguments),
+)
+
+
+def train(
+    student: Student,
+    sets: Mapping[str, tuple[Unit, Dataset, nn.Module]],
+    lessons: Lessons,
+    settings: TrainingSettings,
+    folder: Path,
+    *,
+    composition: Composition,
+    clock: Clock,
+    passages: bool,
+    progress: Progress = lambda done, total: None,
+) -> None:
+    """Train `student` in place, from the newest checkpoint in `folder` if there is one.
+
+    Args:
+        sets: what is learned from, by name: what its labels number, the labels, and the objective.
+        composition: the losses of all objectives; its projections are saved with checkpoints.
+        clock: the one that the objectives read.
+        passages: whether the student reads candidates, or only queries.
+
+    Raises:
+        KeyboardInterrupt: it was interrupted and has been saved.
+    """
+    _, trainer_type, arguments_type = next(one for one in _KINDS if isinstance(student, one[0]))
+    checkpoints = folder / "checkpoints"
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    watcher = _Watcher(settings, clock, composition, progress)
+    _average_gradients(composition)
+    trainer = trainer_type(
+        model=student,
+        args=arguments_type(output_dir=str(checkpoints), **_arguments(settings)),
+        train_dataset=DatasetDict({name: one for name, (_, one, _) in sets.items()}),
+        loss={name: objective for name, (_, _, objective) in sets.items()},
+        callbacks=[watcher],
+    )
+    inner = trainer.data_collator
+    trainer.data_collator = Reading(
+        inner, lessons, {name: unit for name, (unit, _, _) in sets.items()}, passages=passages
+    )
+    trainer.remove_callback(PrinterCallback)  # our own progress stands in its place
+    if trainer.is_world_process_zero():
+        trainer.add_callback(_curves(folder / "curves"))
+    newest = get_last_checkpoint(str(checkpoints))
+    if newest is not None:
+        composition.load_state_dict(torch.load(Path(newest, _LOSSES), weights_only=True))
+    with watcher.interruptible():
+        trainer.train(resume_from_checkpoint=newest)
+    student.train(False)
+
+
+def _arguments(settings: TrainingSettings) -> dict[str, Any]:
+    automatic = torch.cuda.is_available() or native_bfloat16()
+    return {
+        "num_train_epochs": settings.epochs,
+        "per_device_train_batch_size": settings.batch_size,
+        "gradient_accumulation_steps": settings.accumulate,
+        "learning_rate": settings.learning_rate,
+        "warmup_steps": settings.warmup,
+        "lr_scheduler_type": {"constant": "constant_with_warmup"}.get(settings.schedule, settings.schedule),
+        "weight_decay": settings.weight_decay,
+        "max_grad_norm": settings.gradient_norm,
+        "bf16": settings.bfloat16 == "on" or (settings.bfloat16 == "auto" and automatic),
+        "use_cpu": not torch.cuda.is_available(),
+        "seed": settings.seed,
+        "data_seed": settings.seed,
+        "batch_sampler": LikeLengths,
+        "multi_dataset_batch_sampler": "proportional",
+        "save_strategy": "no",  # by the clock, in `_Watcher`
+        "save_total_limit": 1,
+        "logging_steps": settings.log_steps,
+        "report_to": "none",  # `_curves`
+        "disable_tqdm": True,
+        "ddp_find_unused_parameters": False,
+    }
+
+
+def _curves(folder: Path) -> TrainerCallback:
+    from torch.utils.tensorboard import SummaryWriter
+
+    return TensorBoardCallback(SummaryWriter(str(folder)))
+
+
+def _average_gradients(composition: nn.Module) -> None:
+    """Have every process step the projections alike: the trainer averages gradients of the student only."""
+    state = PartialState()
+    if state.num_processes == 1:
+        return
+
+    def average(gradient: Tensor) -> Tensor:
+        summed = gradient.clone()
+        torch.distributed.all_reduce(summed)
+        return summed / state.num_processes
+
+    for parameter in composition.parameters():
+        parameter.register_hook(average)
+
+
+class _Watcher(TrainerCallback):
+    """Moves the clock, shows progress, saves by the clock, and ends a run that is interrupted."""
+
+    def __init__(self, settings: TrainingSettings, clock: Clock, composition: Composition, progress: Progress) -> None:
+        self._seconds = settings.save_minutes * 60
+        self._clock, self._composition, self._progress = clock, composition, progress
+        self._saved = time.monotonic()
+        self._interrupted = False
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._clock.progress = state.global_step / max(state.max_steps, 1)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._progress(state.global_step, state.max_steps)
+        if self._interrupted or time.monotonic() - self._saved > self._seconds:
+            control.should_save = True
+        control.should_training_stop |= self._interrupted
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._saved = time.monotonic()
+        if state.is_world_process_zero and args.output_dir:
+            torch.save(
+                self._composition.state_dict(), Path(args.output_dir, f"checkpoint-{state.global_step}", _LOSSES)
+            )
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
+    ) -> None:
+        if logs is not None and "loss" in logs:
+            logs |= self._clock.means()
+
+    def interruptible(self) -> _Interruptible:
+        """Turn the first interrupt into an orderly end, which raises when it is reached."""
+        return _Interruptible(self)
+
+    def interrupt(self) -> None:
+        """End after this step."""
+        self._interrupted = True
+
+    @property
+    def interrupted(self) -> bool:
+        return self._interrupted
+
+
+class _Interruptible:
+    def __init__(self, watcher: _Watcher) -> None:
+        self._watcher = watcher
+
+    def __enter__(self) -> None:
+        # Only the main thread may ask for signals; elsewhere whoever runs it sees to interrupts.
+        self._own = threading.current_thread() is threading.main_thread()
+        if self._own:
+            self._before = signal.signal(signal.SIGINT, self._first)
+
+    def _first(self, number: int, frame: Any) -> None:
+        self._watcher.interrupt()
+        signal.signal(signal.SIGINT, self._before)  # a second one ends it at once
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        if self._own:
+            signal.signal(signal.SIGINT, self._before)
+        if kind is None and self._watcher.interrupted:
+            raise KeyboardInterrupt
