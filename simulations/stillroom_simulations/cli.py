@@ -6,12 +6,12 @@ Only typer is imported here; what a command needs is imported when it runs (`sti
 from __future__ import annotations
 
 import logging
-import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from stillroom_shared.asked import only_our_own_progress, pairs
 from stillroom_shared.errors import SettingsError
 
 
@@ -50,14 +50,14 @@ def demo(
     ] = None,
 ) -> None:
     """Distil a release, improve it on simulated devices under differential privacy, and report on every step."""
-    _only_our_own_progress()
+    only_our_own_progress()
     from rich.console import Console
 
     from stillroom_shared.settings import load_settings
     from stillroom_simulations.demo import run_demo
 
     named = {"corpus.scale": scale, "corpus.data": data, "seed": seed}
-    overrides = {key: value for key, value in named.items() if value is not None} | _pairs(changes or [])
+    overrides = {key: value for key, value in named.items() if value is not None} | pairs(changes or [])
     run_demo(load_settings(settings, overrides), out=out, console=Console(highlight=False))
 
 
@@ -136,7 +136,7 @@ def tune(
     ] = None,
 ) -> None:
     """Search over settings of rounds on a demo's devices, privately: the best of a hidden number of trials, all charged."""
-    _only_our_own_progress()
+    only_our_own_progress()
     logging.getLogger("absl").setLevel(logging.ERROR)  # orders at which a Renyi series does not converge are left out
     from stillroom_server.search_costs import planning_table
     from stillroom_shared.settings import load_settings
@@ -146,7 +146,7 @@ def tune(
         choices=candidates, distribution=distribution, mean_trials=trials, shape=shape, retries=retries,
         budget_epsilon=budget,
     )  # fmt: skip
-    made = prepare_tuning(load_settings(settings, _pairs(changes or [])), folder, home or folder / "search", asked)
+    made = prepare_tuning(load_settings(settings, pairs(changes or [])), folder, home or folder / "search", asked)
     typer.echo(planning_table([tuning_cost(made)], made.plan.delta))
     typer.echo(f"\n{trial_words(made)}\n")
     with open_tuning(made) as search:
@@ -236,18 +236,6 @@ def evaluate(
         Console(highlight=False).print(part, soft_wrap=isinstance(part, str))
 
 
-def _only_our_own_progress() -> None:
-    """Keep the bars and the chatter of libraries off the terminal; has to come before they are imported."""
-    for name, value in {
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "TQDM_DISABLE": "1",
-        "TRANSFORMERS_VERBOSITY": "error",
-    }.items():
-        os.environ.setdefault(name, value)
-    # onnxruntime.quantization sets the root logger to INFO when it is imported; the first to set it wins.
-    logging.basicConfig(level=logging.WARNING)
-
-
 def bench_demo(
     seeds: Annotated[str, typer.Option(help="Seeds, comma-separated.")] = "0,1,2",
     folder: Annotated[Path, typer.Option(help="Where the runs go; the same folder again resumes.")] = Path(
@@ -260,13 +248,13 @@ def bench_demo(
     ] = None,
 ) -> None:
     """Run the demo for several seeds, fine-tune centrally beside it, and write the figures with their intervals."""
-    _only_our_own_progress()
+    only_our_own_progress()
     from rich.console import Console
 
     from stillroom_shared.settings import load_settings
     from stillroom_simulations.bench import bench_demo as measure
 
-    settings = load_settings(None, {"corpus.scale": scale} | _pairs(changes or []))
+    settings = load_settings(None, {"corpus.scale": scale} | pairs(changes or []))
     measure(settings, seeds=_numbers(seeds), folder=folder, out=out, console=Console(highlight=False))
 
 
@@ -293,13 +281,13 @@ def bench_privacy(
     ] = None,
 ) -> None:
     """Measure what each mechanism costs in quality at each epsilon, and draw it; the same folder again resumes."""
-    _only_our_own_progress()
+    only_our_own_progress()
     from rich.console import Console
 
     from stillroom_shared.settings import load_settings
     from stillroom_simulations.utility import bench_privacy as measure
 
-    settings = load_settings(None, {"corpus.scale": scale} | _pairs(changes or []))
+    settings = load_settings(None, {"corpus.scale": scale} | pairs(changes or []))
     words = [
         f"--seeds {seeds}",
         *(f"--data {path.name}" for path in data or []),
@@ -330,7 +318,7 @@ def bench_search(
     load: Annotated[float, typer.Option(min=0, help="Seconds to serve 64 clients for; 0: not at all.")] = 60,
 ) -> None:
     """Measure search on a device, beside other searches on the same passages and questions, in one run."""
-    _only_our_own_progress()
+    only_our_own_progress()
     from rich.console import Console
 
     from stillroom_simulations.search_bench.report import show
@@ -350,15 +338,3 @@ def _numbers(seeds: str) -> list[int]:
         return [int(seed) for seed in seeds.split(",")]
     except ValueError:
         raise SettingsError(f"--seeds {seeds!r} is no list of whole numbers: write it as 0,1,2") from None
-
-
-def _pairs(changes: list[str]) -> dict[str, str]:
-    """The `--set` options as a mapping.
-
-    >>> _pairs(["rounds.rounds=3", "rounds.delta=none"])
-    {'rounds.rounds': '3', 'rounds.delta': 'none'}
-    """
-    for change in changes:
-        if "=" not in change:
-            raise SettingsError(f"--set {change!r} sets nothing: write it as KEY=VALUE, e.g. --set rounds.rounds=20")
-    return {key.strip(): value.strip() for key, _, value in (change.partition("=") for change in changes)}
