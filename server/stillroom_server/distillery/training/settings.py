@@ -21,6 +21,9 @@ class TrainingSettings(Group):
     ranked: Ranked = Field(
         "listed", description="what a query's softmax is over: its `listed` candidates, or the whole `corpus`"
     )
+    quantized: bool = Field(
+        False, description="simulate int8 in the forward pass, so that the student learns to bear it"
+    )
     epochs: float = Field(3.0, gt=0, le=1000, description="passes over what is learned from")
     batch_size: int = Field(64, ge=1, le=8192, description="texts, or lists, in a step of one process")
     accumulate: int = Field(1, ge=1, le=1024, description="batches whose gradients make one step")

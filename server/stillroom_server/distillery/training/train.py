@@ -14,6 +14,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from sentence_transformers import (
     SentenceTransformerTrainingArguments,
 )
 from torch import Tensor, nn
-from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import BertModel, PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -102,6 +103,7 @@ def train(
     checkpoints = folder / "checkpoints"
     checkpoints.mkdir(parents=True, exist_ok=True)
     watcher = _Watcher(settings, clock, composition, progress)
+    _leave_poolers(student)
     _average_gradients(composition)
     trainer = trainer_type(
         model=student,
@@ -157,16 +159,28 @@ def _curves(folder: Path) -> TrainerCallback:
     return TensorBoardCallback(SummaryWriter(str(folder)))
 
 
+def processes() -> PartialState:
+    """This process among those that train together. They wait for the first as long as its preparation takes."""
+    return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=2))
+
+
+def _leave_poolers(student: Student) -> None:
+    """Leave alone what no vector comes from: it would only decay, and processes would wait for its gradient in vain."""
+    for part in student.modules():
+        if isinstance(part, BertModel) and part.pooler is not None and not isinstance(student, CrossEncoder):
+            part.pooler.requires_grad_(False)
+
+
 def _average_gradients(composition: nn.Module) -> None:
     """Have every process step the projections alike: the trainer averages gradients of the student only."""
-    state = PartialState()
-    if state.num_processes == 1:
+    together = processes().num_processes
+    if together == 1:
         return
 
     def average(gradient: Tensor) -> Tensor:
         summed = gradient.clone()
         torch.distributed.all_reduce(summed)
-        return summed / state.num_processes
+        return summed / together
 
     for parameter in composition.parameters():
         parameter.register_hook(average)
