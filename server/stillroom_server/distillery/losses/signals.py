@@ -24,6 +24,10 @@ class Signals:
         mask: 1 where a token of the query is, 0 for padding, (batch, tokens).
         teacher_queries, teacher_passages, teacher_states, teacher_attentions: the same of the teacher, whose sizes may differ.
         teacher_scores: of the same candidates, (batch, k), on a scale that the composition has settled.
+        teacher_tokens: a late-interaction teacher's vectors of the query's tokens, (batch, teacher tokens, teacher dim).
+        teacher_mask: 1 where a token of the teacher's query is, (batch, teacher tokens); expansion tokens count as tokens.
+        teacher_passage_tokens: the same teacher's vectors of the passage at position 0, (batch, passage tokens, teacher dim).
+        teacher_passage_mask: 1 where a token of that passage is, (batch, passage tokens).
         grades: known relevance, (batch, k): above 0 is relevant, 0 is not known to be.
     """
 
@@ -37,6 +41,10 @@ class Signals:
     teacher_queries: Tensor | None = None
     teacher_passages: Tensor | None = None
     teacher_scores: Tensor | None = None
+    teacher_tokens: Tensor | None = None
+    teacher_mask: Tensor | None = None
+    teacher_passage_tokens: Tensor | None = None
+    teacher_passage_mask: Tensor | None = None
     teacher_states: tuple[Tensor, ...] = ()
     teacher_attentions: tuple[Tensor, ...] = ()
     grades: Tensor | None = None

@@ -1,0 +1,55 @@
+"""Matryoshka over any loss of vectors: the first d values are a vector too (Kusupati et al. 2022, arXiv 2205.13147).
+
+    L(full) + sum over d of weight_d * L(signals truncated to d)
+
+Truncated signals: the first d values of each vector of the student, and of the teacher where its vectors are as long, made
+unit again; the student's scores are inner products of these. Sentence Transformers' `MatryoshkaLoss` over dimensions
+[full, d, ...] with weights [1, weight_d, ...] is the same for losses of scores and of cosines; over its `MSELoss` it leaves the
+truncated teacher shorter than unit, and ours does not.
+
+| case | what happens |
+|---|---|
+| the teacher's vectors have another length | they stay whole: the projection maps the student's prefix to them |
+| scores that are no inner products (rerankers, late interaction) | refused when composed: nothing can be truncated |
+| hidden states, attention maps, token vectors | counted once, outside the sum |
+| the prefix is zero | stays zero |
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from stillroom_server.distillery.losses.signals import Signals
+
+
+def truncated(signals: Signals, dim: int) -> Signals:
+    """The same signals, with vectors of `dim` values and scores computed from them."""
+    queries, passages = _prefix(signals.student_queries, dim), _prefix(signals.student_passages, dim)
+    scores = signals.student_scores
+    if queries is not None and passages is not None:
+        scores = inner_products(queries, passages)
+    return replace(
+        signals,
+        student_queries=queries,
+        student_passages=passages,
+        student_scores=scores,
+        teacher_queries=_alike(signals.teacher_queries, signals.student_queries, dim),
+        teacher_passages=_alike(signals.teacher_passages, signals.student_passages, dim),
+    )
+
+
+def inner_products(queries: Tensor, passages: Tensor) -> Tensor:
+    """Scores of each query's own candidates, (batch, k), from (batch, dim) and (batch, k, dim)."""
+    return (passages.to(queries.dtype) @ queries.unsqueeze(-1)).squeeze(-1)
+
+
+def _alike(teacher: Tensor | None, student: Tensor | None, dim: int) -> Tensor | None:
+    same = teacher is not None and student is not None and teacher.shape[-1] == student.shape[-1]
+    return _prefix(teacher, dim) if same else teacher
+
+
+def _prefix(vectors: Tensor | None, dim: int) -> Tensor | None:
+    return None if vectors is None else F.normalize(vectors[..., :dim], dim=-1)
