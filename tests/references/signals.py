@@ -26,6 +26,8 @@ def made(seed: int, *, batch: int = 3, k: int = 4, tokens: int = 5, dim: int = 4
         return found
 
     other = wide or dim
+    grades = torch.randint(0, 3, (batch, k), generator=generator)
+    grades[:, 0] = torch.where(grades.any(-1), 1, 0)
     queries, passages = F.normalize(normal(batch, dim), dim=-1), F.normalize(normal(batch, k, dim), dim=-1)
     return Signals(
         student_queries=queries,
@@ -44,7 +46,7 @@ def made(seed: int, *, batch: int = 3, k: int = 4, tokens: int = 5, dim: int = 4
         teacher_passage_mask=masked(batch, 3),
         teacher_states=tuple(normal(batch, tokens, other) for _ in range(4)),
         teacher_attentions=tuple(normal(batch, 2 if wide else 3, tokens, tokens).softmax(-1) for _ in range(4)),
-        grades=torch.randint(0, 3, (batch, k), generator=generator),
+        grades=grades,
     )
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -52,6 +54,10 @@ def pooled_slowly(s: Signals, attended: bool) -> list[list[float]]:
         strict=True,
     )  # fmt: skip
     return [slow.pooled(e, m, f if attended else None, n, 0.3) for e, m, f, n in rows]
+
+
+def maps_slowly(s: Signals, distance: str) -> float:
+    return slow.attention_maps(plain(s.student_attentions), plain(s.teacher_attentions), plain(s.mask), MAP, distance)
 
 
 CASES: dict[str, tuple[Loss, Callable[[Signals], float], int]] = {
@@ -126,10 +132,8 @@ CASES: dict[str, tuple[Loss, Callable[[Signals], float], int]] = {
     ),
     **{
         f"attention_maps, {distance}, {'same' if wide else 'other'} heads": (
-            lambda s, distance=distance: attention_maps(s, layer_map=MAP, distance=distance),
-            lambda s, distance=distance: slow.attention_maps(
-                plain(s.student_attentions), plain(s.teacher_attentions), plain(s.mask), MAP, distance
-            ),
+            partial(attention_maps, layer_map=MAP, distance=distance),
+            partial(maps_slowly, distance=distance),
             wide,
         )
         for distance in ("kl", "mse")
@@ -182,16 +186,18 @@ def test_the_gradient_is_that_of_the_formula(name: str) -> None:
     loss, _, wide = CASES[name]
     signals = made(5, batch=2, k=3, tokens=3, wide=wide)
     names = next((read for start, read in READS.items() if name.startswith(start)), ("student_scores",))
-    values = {one: getattr(signals, one) for one in names}
-    values = {
+    values: dict[str, Any] = {
         one: tuple(x.clone().requires_grad_() for x in v) if isinstance(v, tuple) else v.clone().requires_grad_()
-        for one, v in values.items()
+        for one in names
+        for v in [getattr(signals, one)]
     }
     inputs = [x for v in values.values() for x in (v if isinstance(v, tuple) else (v,))]
 
     def of(*given: Tensor) -> Tensor:
         left = iter(given)
-        changed = {n: tuple(next(left) for _ in v) if isinstance(v, tuple) else next(left) for n, v in values.items()}
+        changed: dict[str, Any] = {
+            n: tuple(next(left) for _ in v) if isinstance(v, tuple) else next(left) for n, v in values.items()
+        }
         return loss(replace(signals, **changed))
 
     assert torch.autograd.gradcheck(of, inputs, eps=1e-7, atol=1e-5)
@@ -248,6 +254,8 @@ def test_grades_at_their_edges() -> None:
     assert contrastive(nothing).item() == 0 and soft_hard(nothing, alpha=0).item() == 0
     assert torch.equal(margin_hinge(nothing, margin=1), margin_hinge(replace(nothing, grades=None), margin=1))
     assert margin_hinge(replace(mixed, grades=torch.ones_like(grades)), margin=9).item() == 0
+    with pytest.raises(DataError, match="put it at position 0"):
+        margin_hinge(mixed, margin=1)
     with pytest.raises(DataError, match="other lists"):
         contrastive(replace(mixed, grades=grades[:, :2]))
 
@@ -268,6 +276,9 @@ def test_in_batch_negatives_are_the_whole_batch_and_none_for_a_batch_of_one() ->
     alone = replace(made(4, batch=1), grades=None)
     assert contrastive(alone, in_batch=True).item() == pytest.approx(contrastive(alone).item())
     contrastive(replace(made(4, k=1), grades=None), in_batch=True)
+    passages = some(signals.student_passages)
+    with pytest.raises(DataError, match="all queries have one list"):
+        contrastive(replace(signals, student_passages=passages[:1].expand(3, -1, -1)), in_batch=True)
 
 
 def test_t_squared_keeps_the_size_of_the_gradient() -> None:
@@ -327,9 +338,9 @@ def test_padding_has_no_part_in_any_loss() -> None:
         lambda s: token_pooling(s, pooling="attended"),
         token_alignment,
     ):
-        assert loss(filled).item() == pytest.approx(loss(signals).item())  # type: ignore[no-untyped-call]
+        assert loss(filled).item() == pytest.approx(loss(signals).item())
         nobody = replace(signals, mask=torch.zeros_like(mask), teacher_mask=torch.zeros_like(mask))
-        assert math.isfinite(loss(nobody))  # type: ignore[no-untyped-call]
+        assert math.isfinite(loss(nobody))
     assert hidden_states(nobody, layer_map=MAP).item() == 0
 
 
@@ -391,6 +402,17 @@ def test_truncated_signals_are_shorter_unit_vectors_with_their_own_scores(dim: i
             assert some(short.student_scores)[b, j].item() == pytest.approx(score)
     longer = truncated(made(seed, dim=4, wide=6), dim)
     assert some(longer.teacher_queries).shape[-1] == 6, "a teacher of another length stays whole"
+
+
+def test_one_list_for_all_queries_is_never_copied() -> None:
+    """Guards against a corpus that is held once for each query of a batch, and each length: memory is what it costs."""
+    signals = made(13)
+    corpus = some(signals.student_passages)[0]
+    one = truncated(replace(signals, student_passages=corpus.expand(3, -1, -1)), 2)
+    many = truncated(replace(signals, student_passages=corpus.repeat(3, 1, 1)), 2)
+    assert some(one.student_passages).untyped_storage().nbytes() == corpus[:, :2].numel() * 8
+    torch.testing.assert_close(one.student_passages, many.student_passages)
+    torch.testing.assert_close(one.student_scores, many.student_scores)
 
 
 def test_a_prefix_goes_through_the_first_columns_of_the_projection() -> None:

@@ -18,7 +18,7 @@ from stillroom_server.distillery.losses.composition import Composition, compose
 from stillroom_server.distillery.losses.layers import attention_maps, hidden_states
 from stillroom_server.distillery.losses.listwise import contrastive, listwise_kl, soft_hard
 from stillroom_server.distillery.losses.margins import margin_hinge, margin_mse
-from stillroom_server.distillery.losses.matryoshka import truncated
+from stillroom_server.distillery.losses.matryoshka import inner_products, truncated
 from stillroom_server.distillery.losses.settings import LossesSettings, Weighted
 from stillroom_server.distillery.losses.signals import Signals
 from stillroom_server.distillery.losses.tokens import token_alignment, token_pooling
@@ -151,7 +151,8 @@ def test_what_is_missing_is_refused_before_the_first_batch(name: str) -> None:
     for signal in composition.needs:
         with pytest.raises(SettingsError, match=rf"loss {name} needs {signal}, .*: take .*, or set {name}.weight to 0"):
             composition.check(set(composition.needs) - {signal})
-        without = replace(everything, **{signal: () if signal.endswith(("states", "attentions")) else None})
+        nothing: Any = () if signal.endswith(("states", "attentions")) else None
+        without = replace(everything, **{signal: nothing})
         assert given(everything) - given(without) == {signal}
         with pytest.raises(SettingsError, match=signal):
             composition(without, 1.0)
@@ -285,10 +286,9 @@ def test_projections_are_learned_shared_and_drawn_from_the_seed() -> None:
         for part in ("weight", "bias")
     }
     assert set(composition.state_dict()) == names, "l2 and cosine share one"
-    weight = again.projections["vectors"].weight
-    torch.testing.assert_close(weight.T @ weight, torch.eye(4)), "angles are kept at first"
-    assert torch.equal(weight.double(), composition.projections["vectors"].weight)
-    assert not torch.equal(weight, other.projections["vectors"].weight)
+    first, same, another = (one.state_dict()["projections.vectors.weight"] for one in (again, composition, other))
+    torch.testing.assert_close(first.T @ first, torch.eye(4), msg="angles are kept at first")
+    assert torch.equal(first.double(), same) and not torch.equal(first, another)
     total, _ = composition(made(6, wide=6), 0.0)
     total.backward()
     assert all(x.grad is not None for x in composition.parameters()), "also where the weight is 0 now"
@@ -331,7 +331,7 @@ def test_nothing_of_the_temperature_is_left_in_the_student() -> None:
     )
 
     def scores() -> Tensor:
-        return (passages @ student(signals.student_queries).unsqueeze(-1)).squeeze(-1)
+        return inner_products(student(signals.student_queries), passages)
 
     def closure() -> Tensor:
         optimizer.zero_grad()

@@ -60,7 +60,7 @@ def tower(folder: Path) -> SentenceTransformer:
 @pytest.fixture(scope="module")
 def late(folder: Path) -> MultiVectorEncoder:
     """Unit vectors for each token."""
-    modules = [read(folder), MultiVectorMask(), Normalize("token_embeddings", "token_embeddings")]
+    modules: list[nn.Module] = [read(folder), MultiVectorMask(), Normalize("token_embeddings", "token_embeddings")]
     return MultiVectorEncoder(modules=modules, device="cpu").eval()
 
 
@@ -68,11 +68,15 @@ def late(folder: Path) -> MultiVectorEncoder:
 def pairs(folder: Path) -> CrossEncoder:
     """A logit for each pair."""
     torch.manual_seed(2)
-    return CrossEncoder(str(folder), num_labels=1, device="cpu", local_files_only=True).eval()
+    scorer: CrossEncoder = CrossEncoder(str(folder), num_labels=1, device="cpu", local_files_only=True).eval()
+    return scorer
 
 
 def read(folder: Path) -> Transformer:
-    return Transformer(str(folder), processor_kwargs={"model_max_length": 48}, model_kwargs={"local_files_only": True})
+    found: Transformer = Transformer(
+        str(folder), processor_kwargs={"model_max_length": 48}, model_kwargs={"local_files_only": True}
+    )
+    return found
 
 
 def gradients(model: nn.Module, loss: Tensor) -> list[Tensor]:
@@ -264,13 +268,14 @@ def test_losses_of_rerankers_are_theirs(pairs: CrossEncoder) -> None:
     margins, ranking = of_pairs.MarginMSELoss(pairs), of_pairs.ListNetLoss(pairs)
     assert_equal(pairs, lambda: margins([QUERIES, *COLUMNS], SCORES), lambda: margin_mse(signals()))
     lists = [[column[row] for column in COLUMNS] for row in range(4)]
-    entropy = torch.distributions.Categorical(logits=SCORES).entropy().mean()
+    entropy = -(SCORES.softmax(-1) * SCORES.log_softmax(-1)).sum(-1).mean()
     assert_equal(pairs, lambda: ranking([QUERIES, lists], list(SCORES)), lambda: listwise_kl(signals()) + entropy)
-    single = of_pairs.MultipleNegativesRankingLoss(pairs, num_negatives=0, scale=5.0, activation_fn=None)
+    single = of_pairs.MultipleNegativesRankingLoss(pairs, num_negatives=0, scale=5, activation_fn=None)
 
     def each() -> Tensor:
         rows = [[[QUERIES[row]], *([column[row]] for column in COLUMNS)] for row in range(4)]
-        return torch.stack([single.calculate_loss([logits_of_row(pairs, row)], 1) for row in rows]).mean()
+        listed: list[Any] = [[logits_of_row(pairs, row)] for row in rows]
+        return torch.stack([single.calculate_loss(one, 1) for one in listed]).mean()
 
     assert_equal(pairs, each, lambda: contrastive(signals(), temperature=0.2))
 

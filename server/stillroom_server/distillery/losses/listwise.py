@@ -12,9 +12,9 @@ T^2 keeps the size of the gradient about the same at every T. T is only a consta
 scores equal the teacher's up to a shift of each query, so at inference they are used as they are (T = 1).
 
 In Sentence Transformers: listwise_kl equals `DistillKLDivLoss`, `MultiVectorDistillKLDivLoss` (with a `student_scale` c,
-those with student_temperature T / c and teacher_temperature T, times c^2); its gradient at T = 1 is that of `ListNetLoss`, whose
-value is larger by the entropy of p. contrastive with `in_batch` equals `MultipleNegativesRankingLoss` (scale 1 / T); without,
-that loss one query at a time, averaged.
+those with student_temperature T / c and teacher_temperature T, times c^2); its gradient at T = 1 is that of `ListNetLoss`,
+whose value is larger by the entropy of p. contrastive with `in_batch` equals `MultipleNegativesRankingLoss` (scale 1 / T);
+without, that loss one query at a time, averaged.
 
 Positives are candidates with a grade above 0; without grades, position 0. Negatives are the rest: a relevant passage is never
 a negative of another. `in_batch` takes the other queries' candidates as negatives too. It couples records, so a record's share
@@ -28,6 +28,7 @@ passage that two queries of a batch share counts as negative there: sample batch
 | a query whose candidates are all relevant | contrastive 0 |
 | constant teacher scores | p is uniform |
 | NaN or infinite teacher scores | `DataError` |
+| one list for all queries (`expand`) | `in_batch`: `DataError` |
 | batch of 1 | as any other; `in_batch` then adds nothing |
 """
 
@@ -103,6 +104,8 @@ def _whole_batch(signals: Signals, loss: str) -> tuple[Tensor, Tensor, Tensor]:
     """Each query's scores of all candidates of the batch, its positives, its negatives: each (batch, batch * k)."""
     queries, passages = need(signals, "student_queries", loss), need(signals, "student_passages", loss)
     batch, k = passages.shape[:2]
+    if batch > 1 and passages.stride(0) == 0:
+        raise DataError(f"loss {loss}: all queries have one list, each would be its own negative: leave in_batch off")
     scores = queries @ passages.flatten(0, 1).to(queries.dtype).T
     own = torch.eye(batch, dtype=torch.bool, device=scores.device).repeat_interleave(k, dim=1)
     # A column is one passage of one query: what others think of it is not known.

@@ -14,6 +14,7 @@ MarginMSE leaves the student free to shift each query's scores; only differences
 | k = 1 | `DataError` |
 | constant teacher scores | margin_mse draws the student's scores together; the hinge does not read them |
 | a further candidate with a grade above 0 | no negative for the hinge: counts 0, the mean still divides by all pairs |
+| position 0 is not relevant, another one is | margin_hinge: `DataError`; margin_mse takes any passage there |
 | all grades zero, or none | position 0 is the relevant one |
 | scores apart by exactly m | 0, and gradient 0 |
 """
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from stillroom_server.distillery.losses.checks import candidate_scores, teacher_like
 from stillroom_server.distillery.losses.signals import Signals
+from stillroom_shared.errors import DataError
 
 
 def margin_mse(signals: Signals, *, student_scale: float = 1.0) -> Tensor:
@@ -39,11 +41,16 @@ def margin_mse(signals: Signals, *, student_scale: float = 1.0) -> Tensor:
 
 
 def margin_hinge(signals: Signals, *, margin: float) -> Tensor:
-    """A scalar from student_scores, and from grades where there are any, (batch, k). `margin` is in units of the scores."""
+    """A scalar from student_scores, and grades where there are any, (batch, k). `margin` is in units of scores."""
     scores = candidate_scores(signals, "margin_hinge")
     short = (margin - _margins(scores)).clamp_min(0)  # (batch, k - 1)
     if signals.grades is not None:
-        short = short * (signals.grades[:, 1:] <= 0)
+        relevant = signals.grades > 0  # (batch, k)
+        if bool((relevant.any(-1) & ~relevant[:, 0]).any()):
+            raise DataError(
+                "loss margin_hinge: a relevant passage stands behind another: put it at position 0 of its list"
+            )
+        short = short * ~relevant[:, 1:]
     return short.mean()
 
 

@@ -12,6 +12,7 @@ truncated teacher shorter than unit, and ours does not.
 | the teacher's vectors have another length | they stay whole: the projection maps the student's prefix to them |
 | scores that are no inner products (rerankers, late interaction) | refused when composed: nothing can be truncated |
 | hidden states, attention maps, token vectors | counted once, outside the sum |
+| one list of passages for all queries (`expand`) | stays one list: nothing is copied for each query |
 | the prefix is zero | stays zero |
 """
 
@@ -42,7 +43,12 @@ def truncated(signals: Signals, dim: int) -> Signals:
 
 
 def inner_products(queries: Tensor, passages: Tensor) -> Tensor:
-    """Scores of each query's own candidates, (batch, k), from (batch, dim) and (batch, k, dim)."""
+    """Scores of each query's own candidates, (batch, k), from (batch, dim) and (batch, k, dim).
+
+    One list that is expanded over the batch, a whole corpus for instance, is not copied.
+    """
+    if passages.stride(0) == 0:
+        return queries @ passages[0].to(queries.dtype).T
     return (passages.to(queries.dtype) @ queries.unsqueeze(-1)).squeeze(-1)
 
 
@@ -52,4 +58,8 @@ def _alike(teacher: Tensor | None, student: Tensor | None, dim: int) -> Tensor |
 
 
 def _prefix(vectors: Tensor | None, dim: int) -> Tensor | None:
-    return None if vectors is None else F.normalize(vectors[..., :dim], dim=-1)
+    if vectors is None:
+        return None
+    if vectors.ndim == 3 and vectors.stride(0) == 0:
+        return F.normalize(vectors[0, :, :dim], dim=-1).expand(len(vectors), -1, -1)
+    return F.normalize(vectors[..., :dim], dim=-1)
