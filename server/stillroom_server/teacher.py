@@ -30,19 +30,24 @@ _SHARD = 512
 
 def load_teacher(name: str) -> SentenceTransformer:
     """Load a teacher by folder or name; `SettingsError` says what to do when it cannot be had."""
-    if name == OFFLINE:
-        spec = importlib.util.find_spec(_OFFLINE_PACKAGE)
-        if spec is None or spec.origin is None:
-            raise MissingExtraError("distil.teacher = offline", "offline", _OFFLINE_PACKAGE)
-        name = str(Path(spec.origin).parent / "model")
     try:
-        model = SentenceTransformer(name, device="cpu")
+        model = SentenceTransformer(folder_of(name), device="cpu")
     except (OSError, ValueError) as error:
         raise SettingsError(
             f"distil.teacher {name!r} cannot be loaded ({error}): give a folder, or a name with network access"
         ) from error
     tower_of(model)
     return model
+
+
+def folder_of(name: str) -> str:
+    """The folder of the packaged model for "offline", any other name as it is."""
+    if name != OFFLINE:
+        return name
+    spec = importlib.util.find_spec(_OFFLINE_PACKAGE)
+    if spec is None or spec.origin is None:
+        raise MissingExtraError("distil.teacher = offline", "offline", _OFFLINE_PACKAGE)
+    return str(Path(spec.origin).parent / "model")
 
 
 def tower_of(model: SentenceTransformer) -> BertModel:
