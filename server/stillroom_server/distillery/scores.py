@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from stillroom_server.distillery.arrays import new_array, open_array
 from stillroom_server.distillery.lessons import Lessons
-from stillroom_server.distillery.store import ContentStore, as_keys, text_digest
+from stillroom_server.distillery.store import ContentStore, as_keys, distinct, text_digest
 from stillroom_server.distillery.teachers.base import Embedder, FloatArray, Teacher
 from stillroom_server.distillery.teachers.teacher_set import TeacherSet
 from stillroom_server.distillery.vectors import VectorCache, embed_lessons
@@ -46,7 +46,7 @@ class ScoreCache:
     >>> teacher = Bm25(["The tapir eats leaves.", "Rivers run."], TeacherSettings(kind="bm25"))
     >>> cache = ScoreCache(Path(tempfile.mkdtemp()))
     >>> print(cache.score(teacher, ["eat leaves"], [["The tapir eats leaves.", "Rivers run."]])[0].round(2))
-    [1.21 0.  ]
+    [1.22 0.  ]
 
     Attributes:
         folder: where they lie: `scores/TEACHER/` and `vectors/TEACHER/`.
@@ -81,6 +81,7 @@ class ScoreCache:
         keys = _keys(queries, passages)
         store = self.store(teacher)
         missing = np.flatnonzero(~store.get(keys)[0])
+        missing = missing[np.sort(distinct(keys[missing]))]
         owner = np.repeat(np.arange(len(passages)), [len(own) for own in passages])
         place = np.concatenate([np.arange(len(own)) for own in passages]) if len(keys) else owner
         progress(len(keys) - len(missing), len(keys))

@@ -4,9 +4,9 @@ A store is a folder of runs, Arrow IPC files with one record batch each, sorted 
 
     FOLDER/RUN.arrow    high: uint64; low: uint64 (the two halves of a 128-bit key); value: fixed_size_list<dtype>[width]
 
-`put` writes a run; when `FANOUT` runs of like size are there, they become one (a log-structured merge tree, O'Neil et
-al. 1996), so that n values lie in at most (FANOUT - 1) log(n) runs and each is copied log(n) times. Lookups are binary searches in
-memory-mapped columns. Keys are hashes, so equal ranges of them hold like numbers of values, and merging goes range by range.
+`put` writes a run; when `FANOUT` runs of like size are there, they become one (a log-structured merge tree, O'Neil et al.
+1996), so that n values lie in at most (FANOUT - 1) log(n) runs and each is copied log(n) times. Lookups are binary searches
+in memory-mapped columns. Keys are hashes, so equal ranges of them hold like numbers, and merging goes range by range.
 Anonymous memory therefore does not grow with the store; it is that of the keys in a call and of a few `_MERGED_AT_ONCE`.
 
 Guarantees: a run appears whole, by rename, after it was synced; a process that is killed loses only what it has not put. Each
@@ -124,7 +124,7 @@ class ContentStore:
         """Keep values, (n, width); they are durable on return."""
         with self._writing():
             new = np.flatnonzero(~self.get(keys)[0])  # what another process has put meanwhile stays
-            new = new[_distinct(keys[new])]
+            new = new[distinct(keys[new])]
             if len(new):
                 self._write((keys[new, 0], keys[new, 1], np.ascontiguousarray(values[new], self._dtype)))
             while full := self._full_tier():
@@ -151,7 +151,7 @@ class ContentStore:
                         f"{path} holds {label.decode()!r}, not {self._label.decode()!r}: name another folder"
                     )
                 batch = reader.get_batch(0)
-            columns = _arrays(batch, self._width)
+            columns = _arrays(batch, self._width, self._dtype)
             if int(facts[b"crc32"], 16) == _checksum(columns):
                 return _Run(*columns)
         except FileNotFoundError:
@@ -221,11 +221,11 @@ def _ranges(runs: Sequence[_Run], rows: int) -> Iterator[tuple[NDArray[Any], NDA
         cuts = [slice(bound[piece], bound[piece + 1]) for bound in bounds]
         keys = np.concatenate([np.stack([r.high[cut], r.low[cut]], 1) for r, cut in zip(runs, cuts, strict=True)])
         values = np.concatenate([run.values[cut] for run, cut in zip(runs, cuts, strict=True)])
-        first = _distinct(keys)  # a process that died between two steps of a merge left keys twice
+        first = distinct(keys)  # a process that died between two steps of a merge left keys twice
         yield keys[first, 0], keys[first, 1], values[first]
 
 
-def _distinct(keys: Keys) -> NDArray[np.int64]:
+def distinct(keys: Keys) -> NDArray[np.int64]:
     """Places of the keys in ascending order, of equal ones the first."""
     order = np.lexsort((keys[:, 1], keys[:, 0]))
     ranked = keys[order]
@@ -246,9 +246,13 @@ def _wrapped(column: NDArray[Any]) -> pa.Array:
     )
 
 
-def _arrays(batch: pa.RecordBatch, width: int) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+def _arrays(batch: pa.RecordBatch, width: int, dtype: np.dtype[Any]) -> tuple[NDArray[Any], ...]:
+    if batch.schema.remove_metadata() != _schema(width, dtype, {}).remove_metadata():
+        raise ValueError(f"columns are {batch.schema}")
     high, low, value = batch.columns
-    return high.to_numpy(), low.to_numpy(), value.flatten().to_numpy().reshape(-1, width)
+    flat = [(high, np.dtype(np.uint64)), (low, np.dtype(np.uint64)), (value.values, dtype)]
+    high, low, values = (np.frombuffer(column.buffers()[1], kind, len(column)) for column, kind in flat)
+    return high, low, values.reshape(-1, width)
 
 
 def _checksum(columns: Sequence[NDArray[Any]]) -> int:

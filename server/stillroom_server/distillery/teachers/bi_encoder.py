@@ -4,8 +4,8 @@ Any Sentence Transformers model: texts go through `encode_query` and `encode_doc
 and passages differently are read as they were trained. Vectors are normalised here, whether or not the model does.
 
 Results do not depend on what else is in a call beyond rounding: padding changes the order in which a processor adds. Measured
-on all-MiniLM-L6-v2, the largest difference of a score is 3e-7 in float32 and 1e-2 in bfloat16, so what is kept by content is
-the same teacher's, not bit for bit the same call's.
+on all-MiniLM-L6-v2 and 9,000 pairs of SciFact, the largest difference of a score is 2e-7 in float32 and 8e-4 in bfloat16. So
+what is kept by content is what this teacher says, not bit for bit what another call would have given.
 
 | case | what happens |
 |---|---|

@@ -7,7 +7,7 @@ MaxSim. `token_model` opens an ordinary Sentence Transformers model as one: its 
 
 A passage that stands in many lists is embedded once as long as its token vectors fit into `token_cache_mib` (least recently
 used leave first). Memory beside that: token vectors of `_PASSAGES_AT_ONCE` passages. Equal up to rounding whatever else is in
-the call: 1e-5 of a score in float32.
+the call: 1e-6 of a score in float32 (all-MiniLM-L6-v2, 40 pairs of SciFact).
 
 | case | what happens |
 |---|---|

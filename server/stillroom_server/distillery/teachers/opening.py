@@ -26,6 +26,7 @@ from stillroom_server.distillery.teachers.bi_encoder import BiEncoder
 from stillroom_server.distillery.teachers.bm25 import Bm25
 from stillroom_server.distillery.teachers.cross_encoder import CrossEncoder
 from stillroom_server.distillery.teachers.late_interaction import LateInteraction, token_model
+from stillroom_server.distillery.teachers.loading import load_model
 from stillroom_server.distillery.teachers.settings import TeacherSettings
 from stillroom_server.distillery.teachers.teacher_set import Member, Normalisation, TeacherSet
 from stillroom_server.teacher import folder_of
@@ -48,14 +49,13 @@ def open_teacher(settings: TeacherSettings, *, passages: Iterable[str] | None = 
         if passages is None:
             raise SettingsError("teacher bm25 was opened without passages: its statistics are of the corpus, give it")
         return Bm25(passages, settings)
-    place = folder_of(settings.model)
-    said = model_type(place)
-    openers: dict[str, Callable[[TeacherSettings, str, str], Teacher]] = {
+    said = model_type(folder_of(settings.model))
+    openers: dict[str, Callable[[TeacherSettings, str], Teacher]] = {
         "bi-encoder": _bi_encoder,
         "cross-encoder": _cross_encoder,
         "late-interaction": _late_interaction,
     }
-    return openers[settings.kind](settings, place, said)
+    return openers[settings.kind](settings, said)
 
 
 def open_teachers(
@@ -93,34 +93,29 @@ def _json(place: str, name: str) -> dict[str, Any]:
         return {}
 
 
-def _bi_encoder(settings: TeacherSettings, place: str, said: str) -> Teacher:
+def _bi_encoder(settings: TeacherSettings, said: str) -> Teacher:
     if said in ("CrossEncoder", "MultiVectorEncoder"):
         raise _refusal(settings, f"it is a {said}: name its own kind")
-    return BiEncoder(_loaded(SentenceTransformer, settings, place), settings)
+    return BiEncoder(load_model(SentenceTransformer, settings.model, device=settings.device), settings)
 
 
-def _cross_encoder(settings: TeacherSettings, place: str, said: str) -> Teacher:
+def _cross_encoder(settings: TeacherSettings, said: str) -> Teacher:
     if said and said != "CrossEncoder" and not said.endswith("ForCausalLM"):
         raise _refusal(settings, f"it is a {said} without a scoring head: train one with `stillroom distill teach`")
-    return CrossEncoder(_loaded(sentence_transformers.CrossEncoder, settings, place), settings)
+    return CrossEncoder(
+        load_model(sentence_transformers.CrossEncoder, settings.model, device=settings.device), settings
+    )
 
 
-def _late_interaction(settings: TeacherSettings, place: str, said: str) -> Teacher:
+def _late_interaction(settings: TeacherSettings, said: str) -> Teacher:
     if said == "CrossEncoder":
         raise _refusal(settings, f"it is a {said}: name its own kind")
     if said == "MultiVectorEncoder" or said.endswith("ForRetrieval"):
-        return LateInteraction(_loaded(MultiVectorEncoder, settings, place), settings)
-    return LateInteraction(token_model(_loaded(SentenceTransformer, settings, place)), settings)
+        return LateInteraction(load_model(MultiVectorEncoder, settings.model, device=settings.device), settings)
+    return LateInteraction(
+        token_model(load_model(SentenceTransformer, settings.model, device=settings.device)), settings
+    )
 
 
 def _refusal(settings: TeacherSettings, what: str) -> SettingsError:
     return SettingsError(f"teacher {settings.model!r} cannot be opened as {settings.kind}: {what}")
-
-
-def _loaded(kind: Callable[..., Any], settings: TeacherSettings, place: str) -> Any:
-    try:
-        return kind(place, device=settings.device)
-    except (OSError, ValueError) as error:
-        raise SettingsError(
-            f"teacher {settings.model!r} cannot be loaded ({error}): give a folder, or a name with network access"
-        ) from error

@@ -1,0 +1,178 @@
+"""Teaching: a cross-encoder learns from labelled lists, resumes where it was, and is measured on lists it did not see."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sentence_transformers import CrossEncoder
+from tests.server.distillery.tiny_models import save_models
+from transformers import BertModel, PreTrainedTokenizerFast
+
+from stillroom_server.distillery.lessons import Lessons, LessonsWriter
+from stillroom_server.distillery.teachers.opening import open_teacher
+from stillroom_server.distillery.teachers.settings import TeacherSettings
+from stillroom_server.distillery.teaching import Teaching, TeachingSettings, teach
+from stillroom_server.distillery.teaching_lists import pick_lists, training_rows, validation_samples
+from stillroom_shared.errors import DataError, SettingsError
+
+WORDS = ["zip", "tar", "file", "list", "sort", "index", "passage", "query", "leaves", "river", "bank", "number"]
+
+
+def write_lessons(folder: Path, lists: int = 90, candidates: int = 4) -> Lessons:
+    """Relevant is who speaks of tapirs, whatever the query: a random tower of two layers can learn that."""
+    generator = np.random.default_rng(0)
+    with LessonsWriter(folder, candidates=candidates) as writer:
+        source = writer.source("words", licence="CC0")
+        for number in range(lists):
+            words = ["tapir", *generator.choice(WORDS, candidates - 1)]
+            texts = [f"{word} {generator.choice(WORDS)} {number}" for word in words]
+            order = generator.permutation(candidates)
+            rows = writer.texts([texts[place] for place in order], "passage", source)
+            query = writer.text(f"{generator.choice(WORDS)} {number}", "query", source)
+            writer.list(query, rows, [int(place == 0) for place in order], source)
+    return Lessons.open(folder)
+
+
+@pytest.fixture(scope="module")
+def lessons(tmp_path_factory: pytest.TempPathFactory) -> Lessons:
+    return write_lessons(tmp_path_factory.mktemp("data") / "lessons")
+
+
+@pytest.fixture(scope="module")
+def settings(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_towers: tuple[BertModel, BertModel],
+    tiny_tokenizer: PreTrainedTokenizerFast,
+) -> TeachingSettings:
+    folders = save_models(tmp_path_factory.mktemp("tiny"), tiny_towers[1], tiny_tokenizer)
+    return TeachingSettings(
+        model=folders["bi-encoder"], candidates=4, epochs=1, batch_size=32, learning_rate=2e-3, held_out=0.2,
+        checkpoints=3, pair_tokens=24, device="cpu",
+    )  # fmt: skip
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return dict(CrossEncoder(str(folder), device="cpu").state_dict())
+
+
+def test_it_learns_and_is_saved_as_any_cross_encoder(
+    lessons: Lessons, settings: TeachingSettings, tmp_path: Path
+) -> None:
+    """A head that stays random is saved without an error, and so is one that learned from labels of other passages."""
+    seen: list[tuple[int, int]] = []
+    longer = settings.model_copy(update={"epochs": 6.0, "checkpoints": 2})
+    done = teach(lessons, longer, tmp_path / "taught", lambda step, of: seen.append((step, of)))
+    assert done.after > max(0.9, done.before + 0.1) and done.lists + done.held_out == lessons.lists
+    assert seen == [(step, done.steps) for step in range(1, done.steps + 1)]
+    facts = json.loads((tmp_path / "taught/teaching.json").read_text())
+    assert facts["sources"] == {"words": {"licence": "CC0"}} and facts["lessons"] == lessons.identity
+    teacher = open_teacher(TeacherSettings(kind="cross-encoder", model=str(tmp_path / "taught"), device="cpu"))
+    [scores] = teacher.score(["tapir 1"], [["river sort 1", "tapir sort 1", "bank sort 1"]])
+    assert int(scores.argmax()) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["taught"]
+    assert not (tmp_path / "taught/README.md").exists()
+    assert teach(lessons, longer, tmp_path / "taught", lambda step, of: pytest.fail("trained again")) == done
+    with pytest.raises(SettingsError, match="is not of these lessons and settings"):
+        teach(lessons, settings, tmp_path / "taught")
+
+
+def interrupted_at(number: int) -> Callable[[int, int], None]:
+    def progress(step: int, of: int) -> None:
+        if step == number:
+            raise KeyboardInterrupt
+
+    return progress
+
+
+@pytest.mark.parametrize("loss", ["softmax", "binary"])
+def test_an_interrupted_run_goes_on_to_the_same_weights(
+    loss: str, lessons: Lessons, settings: TeachingSettings, tmp_path: Path
+) -> None:
+    """A resume that forgets the optimizer, the schedule, the order or dropout's state trains another model."""
+    settings = settings.model_copy(update={"loss": loss})
+    whole = teach(lessons, settings, tmp_path / "whole")
+    steps: list[int] = []
+    with pytest.raises(KeyboardInterrupt):
+        teach(lessons, settings, tmp_path / "resumed", interrupted_at(2 * whole.steps // 3 + 1))
+    assert not (tmp_path / "resumed").exists()
+    torch.manual_seed(99)
+    resumed = teach(lessons, settings, tmp_path / "resumed", lambda step, of: steps.append(step))
+    assert 1 < steps[0] <= 2 * whole.steps // 3 + 1 and steps[-1] == whole.steps  # it did not begin anew
+    assert (resumed.before, resumed.after) == (whole.before, whole.after)
+    first, second = weights(whole.folder), weights(resumed.folder)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_work_of_other_settings_is_not_resumed(lessons: Lessons, settings: TeachingSettings, tmp_path: Path) -> None:
+    """Half a run at one learning rate and half at another passes for the second."""
+    with pytest.raises(KeyboardInterrupt):
+        teach(lessons, settings, tmp_path / "out", interrupted_at(8))
+    steps: list[int] = []
+    other = settings.model_copy(update={"learning_rate": 1e-3})
+    teach(lessons, other, tmp_path / "out", lambda step, of: steps.append(step))
+    assert steps[0] == 1
+
+
+def test_no_query_is_trained_on_and_measured(lessons: Lessons, tmp_path: Path) -> None:
+    """A held-out list whose query is also trained on measures memory."""
+    with LessonsWriter(tmp_path / "twice", candidates=2) as writer:
+        source = writer.source("zoo")
+        good, bad = writer.texts(["a", "b"], "passage", source)
+        for number in range(80):
+            query = writer.text(f"Query {number // 2}" if number % 2 else f"query  {number // 2}", "query", source)
+            writer.list(query, [good, bad], [1, 0], source)
+        writer.list(query, [good, bad], [1, 1], source)
+        writer.list(query, [good, bad], [0, 0], source)
+    twice = Lessons.open(tmp_path / "twice")
+    picked = pick_lists(twice, 0.3, 100, None, 0)
+    trained, held = (twice.texts(twice.queries[part]) for part in (picked.trained, picked.held_out))
+    assert (
+        not {text.split()[1] for text in trained} & {text.split()[1] for text in held}
+        and 10 < len(picked.held_out) < 50
+    )
+    assert sorted([*picked.trained, *picked.held_out]) == list(range(80))
+    assert len(pick_lists(twice, 0.3, 7, 9, 0).held_out) == 7 and len(pick_lists(twice, 0.3, 7, 9, 0).trained) == 9
+    smaller = pick_lists(lessons, 0.3, 100, None, 1)
+    assert set(pick_lists(lessons, 0.1, 100, None, 0).held_out) < set(smaller.held_out)
+    with pytest.raises(DataError, match="change held_out"):
+        pick_lists(twice, 1e-9, 100, None, 0)
+
+
+def test_rows_are_what_the_losses_take(lessons: Lessons, tmp_path: Path) -> None:
+    """Labels beside other passages; a list of relevant passages only, which has nothing to tell apart."""
+    with LessonsWriter(tmp_path / "graded", candidates=5) as writer:
+        source = writer.source("zoo")
+        rows = writer.texts(list("abcde"), "passage", source)
+        writer.list(writer.text("q", "query", source), rows, [0, 2, 0, 1, 3], source)
+    graded = Lessons.open(tmp_path / "graded")
+    only = np.array([0])
+    from datasets import Dataset
+
+    path, pairs, _ = training_rows(graded, only, "softmax", 3, tmp_path)
+    assert pairs == 3
+    assert Dataset.from_file(str(path))[0] == {"query": "q", "passages": ["b", "d", "a"], "label": [100.0, 50.0, 0.0]}
+    path, pairs, irrelevant = training_rows(graded, only, "binary", 4, tmp_path)
+    rows_of = [tuple(row.values()) for row in Dataset.from_file(str(path))]
+    assert rows_of == [("q", "b", 1.0), ("q", "d", 1.0), ("q", "e", 1.0), ("q", "a", 0.0)]
+    assert (pairs, irrelevant) == (1, pytest.approx(1 / 3))
+    assert validation_samples(graded, only) == [{"query": "q", "positive": ["b", "d", "e"], "negative": ["a", "c"]}]
+
+
+def test_what_cannot_be_taught_is_refused(lessons: Lessons, settings: TeachingSettings, tmp_path: Path) -> None:
+    """A learning rate that blows up saves weights that are not numbers."""
+    with pytest.raises(SettingsError, match="cannot be loaded"):
+        teach(lessons, settings.model_copy(update={"model": str(tmp_path / "absent")}), tmp_path / "out")
+    with pytest.raises(DataError, match="lower learning_rate"):
+        teach(lessons, settings.model_copy(update={"learning_rate": 1e30}), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_lambda_loss_runs(lessons: Lessons, settings: TeachingSettings, tmp_path: Path) -> None:
+    """A loss that no test has run."""
+    done = teach(lessons, settings.model_copy(update={"loss": "lambda"}), tmp_path / "out")
+    assert isinstance(done, Teaching) and 0 < done.after <= 1
