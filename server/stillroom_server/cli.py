@@ -10,6 +10,8 @@ from typing import Annotated
 
 import typer
 
+from stillroom_server.distillery import cli as distillery
+
 
 def register(app: typer.Typer) -> None:
     """Add the commands of the server room."""
@@ -22,6 +24,7 @@ def register(app: typer.Typer) -> None:
     planning.command()(tuning)
     planning.callback()(lambda: None)
     app.add_typer(planning)
+    distillery.register(app)
 
 
 def verify(

@@ -49,13 +49,13 @@ class ScoreCache:
     [1.22 0.  ]
 
     Attributes:
-        folder: where they lie: `scores/TEACHER/` and `vectors/TEACHER/`.
-        vectors: of bi-encoders.
+        folder: where they lie, in `scores/TEACHER/`.
+        vectors: of bi-encoders, in the same folder.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.vectors = VectorCache(folder / "vectors")
+        self.vectors = VectorCache(folder)
         self._stores: dict[str, ContentStore] = {}
 
     def store(self, teacher: Teacher) -> ContentStore:

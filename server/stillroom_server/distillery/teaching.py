@@ -56,10 +56,11 @@ from stillroom_shared.sealed import new_folder
 from stillroom_shared.settings_file import Group
 
 FACTS = "teaching.json"
+_LOGS_BETWEEN_CHECKPOINTS = 10
 _METRIC = "eval_held_out_ndcg@10"
 
 
-class TeachingSettings(Group):
+class TeachSettings(Group):
     """How a cross-encoder is fine-tuned."""
 
     model: str = Field("offline", min_length=1, description="folder or name it starts from; any transformer will do")
@@ -101,7 +102,7 @@ class Teaching:
 
 def teach(
     lessons: Lessons,
-    settings: TeachingSettings,
+    settings: TeachSettings,
     out: Path,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Teaching:
@@ -128,7 +129,7 @@ def teach(
     return done
 
 
-def _start(settings: TeachingSettings) -> CrossEncoder:
+def _start(settings: TeachSettings) -> CrossEncoder:
     """The model before training; its head is new unless it was a cross-encoder."""
     torch.manual_seed(settings.seed)
     device = "cpu" if settings.device == "cpu" else None
@@ -137,7 +138,7 @@ def _start(settings: TeachingSettings) -> CrossEncoder:
     return model
 
 
-def _loss(model: CrossEncoder, settings: TeachingSettings, negatives: float) -> nn.Module:
+def _loss(model: CrossEncoder, settings: TeachSettings, negatives: float) -> nn.Module:
     if settings.loss == "binary":
         return BinaryCrossEntropyLoss(model, pos_weight=torch.tensor(negatives, device=model.device))
     loss: nn.Module = (ListNetLoss if settings.loss == "softmax" else LambdaLoss)(model)
@@ -148,7 +149,7 @@ def _trainer(
     model: CrossEncoder,
     lessons: Lessons,
     picked: Taught,
-    settings: TeachingSettings,
+    settings: TeachSettings,
     work: Path,
     evaluator: CrossEncoderRerankingEvaluator,
     progress: Callable[[int, int], None],
@@ -158,6 +159,8 @@ def _trainer(
     dataset = Dataset.from_file(str(rows))
     steps = max(1, round(math.ceil(len(dataset) / batch) * settings.epochs))
     every = math.ceil(steps / settings.checkpoints)
+    logged = max(1, every // _LOGS_BETWEEN_CHECKPOINTS)
+    every = math.ceil(every / logged) * logged  # a loss is looked at before it is measured what came of it
     arguments = CrossEncoderTrainingArguments(
         output_dir=str(work),
         max_steps=steps,
@@ -179,7 +182,8 @@ def _trainer(
         metric_for_best_model=_METRIC,
         greater_is_better=True,
         logging_strategy="steps",
-        logging_steps=max(1, every // 10),
+        logging_steps=logged,
+        logging_nan_inf_filter=False,
         report_to="none",
         disable_tqdm=True,
     )
@@ -244,7 +248,7 @@ def _finished(out: Path, identity: str) -> Teaching:
     return Teaching(out, **facts["result"])
 
 
-def _save(model: CrossEncoder, done: Teaching, identity: str, lessons: Lessons, settings: TeachingSettings) -> None:
+def _save(model: CrossEncoder, done: Teaching, identity: str, lessons: Lessons, settings: TeachSettings) -> None:
     names = ("before", "after", "lists", "held_out", "steps")
     facts = {
         "identity": identity,

@@ -41,7 +41,7 @@ class VectorCache:
     """Vectors of any embedders in one folder.
 
     Attributes:
-        folder: where they lie: a folder for each embedder.
+        folder: where they lie, in `vectors/EMBEDDER-STORAGE/`; a `ScoreCache` of the same folder shares them.
         storage: the type of stored numbers.
     """
 
@@ -54,7 +54,7 @@ class VectorCache:
         """Where this embedder's vectors lie."""
         identity = embedder.identity
         if identity not in self._stores:
-            place = self.folder / f"{identity[:32]}-{self.storage}"
+            place = self.folder / "vectors" / f"{identity[:32]}-{self.storage}"
             self._stores[identity] = ContentStore(place, width=embedder.dimension, dtype=self.storage, label=identity)
         return self._stores[identity]
 

@@ -9,14 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import typer
 from sentence_transformers import CrossEncoder
 from tests.server.distillery.tiny_models import save_models
 from transformers import BertModel, PreTrainedTokenizerFast
+from typer.testing import CliRunner
 
+from stillroom_server.distillery.cli import register
 from stillroom_server.distillery.lessons import Lessons, LessonsWriter
 from stillroom_server.distillery.teachers.opening import open_teacher
 from stillroom_server.distillery.teachers.settings import TeacherSettings
-from stillroom_server.distillery.teaching import Teaching, TeachingSettings, teach
+from stillroom_server.distillery.teaching import Teaching, TeachSettings, teach
 from stillroom_server.distillery.teaching_lists import pick_lists, training_rows, validation_samples
 from stillroom_shared.errors import DataError, SettingsError
 
@@ -48,9 +51,9 @@ def settings(
     tmp_path_factory: pytest.TempPathFactory,
     tiny_towers: tuple[BertModel, BertModel],
     tiny_tokenizer: PreTrainedTokenizerFast,
-) -> TeachingSettings:
+) -> TeachSettings:
     folders = save_models(tmp_path_factory.mktemp("tiny"), tiny_towers[1], tiny_tokenizer)
-    return TeachingSettings(
+    return TeachSettings(
         model=folders["bi-encoder"], candidates=4, epochs=1, batch_size=32, learning_rate=2e-3, held_out=0.2,
         checkpoints=3, pair_tokens=24, device="cpu",
     )  # fmt: skip
@@ -60,9 +63,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return dict(CrossEncoder(str(folder), device="cpu").state_dict())
 
 
-def test_it_learns_and_is_saved_as_any_cross_encoder(
-    lessons: Lessons, settings: TeachingSettings, tmp_path: Path
-) -> None:
+def test_it_learns_and_is_saved_as_any_cross_encoder(lessons: Lessons, settings: TeachSettings, tmp_path: Path) -> None:
     """A head that stays random is saved without an error, and so is one that learned from labels of other passages."""
     seen: list[tuple[int, int]] = []
     longer = settings.model_copy(update={"epochs": 6.0, "checkpoints": 2})
@@ -91,7 +92,7 @@ def interrupted_at(number: int) -> Callable[[int, int], None]:
 
 @pytest.mark.parametrize("loss", ["softmax", "binary"])
 def test_an_interrupted_run_goes_on_to_the_same_weights(
-    loss: str, lessons: Lessons, settings: TeachingSettings, tmp_path: Path
+    loss: str, lessons: Lessons, settings: TeachSettings, tmp_path: Path
 ) -> None:
     """A resume that forgets the optimizer, the schedule, the order or dropout's state trains another model."""
     settings = settings.model_copy(update={"loss": loss})
@@ -108,7 +109,7 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_work_of_other_settings_is_not_resumed(lessons: Lessons, settings: TeachingSettings, tmp_path: Path) -> None:
+def test_work_of_other_settings_is_not_resumed(lessons: Lessons, settings: TeachSettings, tmp_path: Path) -> None:
     """Half a run at one learning rate and half at another passes for the second."""
     with pytest.raises(KeyboardInterrupt):
         teach(lessons, settings, tmp_path / "out", interrupted_at(8))
@@ -163,7 +164,7 @@ def test_rows_are_what_the_losses_take(lessons: Lessons, tmp_path: Path) -> None
     assert validation_samples(graded, only) == [{"query": "q", "positive": ["b", "d", "e"], "negative": ["a", "c"]}]
 
 
-def test_what_cannot_be_taught_is_refused(lessons: Lessons, settings: TeachingSettings, tmp_path: Path) -> None:
+def test_what_cannot_be_taught_is_refused(lessons: Lessons, settings: TeachSettings, tmp_path: Path) -> None:
     """A learning rate that blows up saves weights that are not numbers."""
     with pytest.raises(SettingsError, match="cannot be loaded"):
         teach(lessons, settings.model_copy(update={"model": str(tmp_path / "absent")}), tmp_path / "out")
@@ -172,7 +173,30 @@ def test_what_cannot_be_taught_is_refused(lessons: Lessons, settings: TeachingSe
     assert not (tmp_path / "out").exists()
 
 
-def test_lambda_loss_runs(lessons: Lessons, settings: TeachingSettings, tmp_path: Path) -> None:
+def test_lambda_loss_runs(lessons: Lessons, settings: TeachSettings, tmp_path: Path) -> None:
     """A loss that no test has run."""
     done = teach(lessons, settings.model_copy(update={"loss": "lambda"}), tmp_path / "out")
     assert isinstance(done, Teaching) and 0 < done.after <= 1
+
+
+def test_the_command_teaches(lessons: Lessons, settings: TeachSettings, tmp_path: Path) -> None:
+    """Options that do not reach the trainer, or figures that are not printed."""
+    (tmp_path / "teach.toml").write_text('loss = "lambda"\nbatch_size = 64\ndevice = "cpu"\n')
+    changes = [f"model={settings.model}", "batch_size=16", "held_out=0.2", "learning_rate=1e-3", "most_lists=20"]
+    app = typer.Typer()
+    register(app)
+    arguments = [
+        "--lessons",
+        str(lessons.folder),
+        "--out",
+        str(tmp_path / "out"),
+        "--settings",
+        str(tmp_path / "teach.toml"),
+    ]
+    result = CliRunner().invoke(
+        app, ["distill", "teach", *arguments, *(word for one in changes for word in ("--set", one))]
+    )
+    assert result.exit_code == 0, result.output
+    facts = json.loads((tmp_path / "out/teaching.json").read_text())
+    assert facts["settings"]["loss"] == "lambda" and facts["settings"]["batch_size"] == 16
+    assert f"{facts['result']['after']:.3f} after" in result.output and facts["result"]["lists"] == 20
