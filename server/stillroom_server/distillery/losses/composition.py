@@ -62,6 +62,15 @@ class Composition(nn.Module):
         if absent:
             raise SettingsError("\n".join(absent))
 
+    def restricted(self, available: set[str]) -> Composition | None:
+        """The losses that `available` signals suffice for, with the same projections; None when there is none."""
+        enough = tuple(part for part in self.parts if self._needs_of(part) <= available)
+        if not enough:
+            return None
+        fewer = Composition(enough, self.prefixes, seed=0)
+        fewer.projections = self.projections
+        return fewer
+
     def weights(self, progress: float) -> dict[str, float]:
         """The factor of each loss when this share of training is done."""
         return {part.name: part.settings.at(progress) for part in self.parts}
