@@ -383,6 +383,7 @@ def test_pooled_tokens_bound_maxsim_and_attention_fades_with_temperature() -> No
     best = maxsim(e.float(), m, f.float()[:, None], n[:, None])[:, 0]
     assert ((middle * pooled(f, n)).sum(-1) <= best / m.sum(-1) + 1e-6).all()
     torch.testing.assert_close(pooled(e, m, f, n, temperature=1e6), middle, atol=1e-5, rtol=0)
+    assert pooled(e, torch.zeros_like(m), f, n).abs().max() == 0, "no token, no direction"
     sharp = pooled(e, m, f, n, temperature=1e-4)
     assert ((sharp[:, None] - e).norm(dim=-1).amin(-1) < 1e-3).all(), "one token alone answers"
 
