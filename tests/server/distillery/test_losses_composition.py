@@ -158,6 +158,27 @@ def test_what_is_missing_is_refused_before_the_first_batch(name: str) -> None:
             composition(without, 1.0)
 
 
+def test_options_that_read_more_need_more() -> None:
+    """Guards against a check that knows a loss and not its options: the refusal would come in the middle of a run."""
+    attended = composed({"token_pooling.weight": "1", "token_pooling.pooling": "attended"})
+    assert {"teacher_passage_tokens", "teacher_passage_mask"} <= attended.needs
+    both = composed({"l2.weight": "1", "l2.side": "both"})
+    assert both.needs == {"student_queries", "student_passages", "teacher_queries", "teacher_passages"}
+    assert composed({"contrastive.weight": "1", "contrastive.in_batch": "true"}).needs == {
+        "student_queries",
+        "student_passages",
+    }
+
+
+def test_a_part_of_a_composition_trains_the_same_projections() -> None:
+    """Guards against texts and lists that each learn a projection of their own, one of which no optimizer knows."""
+    whole = composed({"cosine.weight": "1", "listwise_kl.weight": "1"}, teacher_dim=6)
+    texts = whole.restricted({"student_queries", "teacher_queries"})
+    assert texts is not None and texts.needs == {"student_queries", "teacher_queries"}
+    assert [id(x) for x in texts.parameters()] == [id(x) for x in whole.parameters()]
+    assert whole.restricted({"student_scores"}) is None
+
+
 def test_every_missing_signal_is_named_at_once() -> None:
     """Guards against one refusal a run."""
     composition = composed({"cosine.weight": "1", "margin_mse.weight": "1"})
