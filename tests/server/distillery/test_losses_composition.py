@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.references.signals import MAP, made
+from tests.references.signals import MAP, made, some
 from torch import Tensor, nn
 
 from stillroom_server.distillery.losses.alignment import cosine, l2
@@ -61,12 +61,15 @@ def test_the_total_is_the_weighted_sum_of_all_losses() -> None:
     expected = every_loss(signals)
     assert list(expected) == LOSSES
     composition = composed({f"{name}.weight": str(number + 1) for number, name in enumerate(LOSSES)})
-    total, told = composition(replace(signals, student_attentions=signals.student_attentions[:2]), 0.3)
+    scores = some(signals.student_scores).clone().requires_grad_()
+    signals = replace(signals, student_attentions=signals.student_attentions[:2], student_scores=scores)
+    total, told = composition(signals, 0.3)
     assert {name: value.item() for name, value in told.items()} == pytest.approx(
         {name: value.item() for name, value in expected.items()}
     )
     weighted = sum((number + 1) * expected[name].item() for number, name in enumerate(LOSSES))
-    assert total.item() == pytest.approx(weighted) and not any(value.requires_grad for value in told.values())
+    assert total.item() == pytest.approx(weighted) and total.requires_grad
+    assert not any(value.requires_grad for value in told.values())
     assert composition.weights(0.3) == {name: number + 1 for number, name in enumerate(LOSSES)}
 
 
