@@ -120,7 +120,16 @@ class TextIndex:
     @classmethod
     def in_memory(cls, generation: Generation, passages: Iterable[tuple[int, Passage]]) -> TextIndex:
         """Of rows and passages, for when nothing can be written."""
-        index = _reading(Index(_schema()))
+        return cls._unsealed(Index(_schema()), generation, passages)
+
+    @classmethod
+    def in_folder(cls, folder: Path, generation: Generation, passages: Iterable[tuple[int, Passage]]) -> TextIndex:
+        """The same in an empty folder of the caller's, without a seal: for measuring what it weighs."""
+        return cls._unsealed(Index(_schema(), path=str(folder)), generation, passages)
+
+    @classmethod
+    def _unsealed(cls, made: Index, generation: Generation, passages: Iterable[tuple[int, Passage]]) -> TextIndex:
+        index = _reading(made)
         _write(index, passages, ())
         index.reload()
         return cls(generation, index.searcher().num_docs, index)

@@ -45,6 +45,7 @@ EXTRA_OF = {
     "usearch": "compare",
     "ir_measures": "simulate",
     "jinja2": "simulate",
+    "threadpoolctl": "simulate",
     "uvicorn": "web",
     "google": "serve",  # .protobuf
     "grpc": "serve",

@@ -1,4 +1,4 @@
-"""`stillroom demo`, `report`, `tune`, `audit`, `coordinate` and `bench`: federations in one process, and what is asked of them.
+"""`stillroom demo`, `report`, `tune`, `evaluate`, `audit`, `coordinate` and `bench`: federations in one process, and measuring.
 
 Only typer is imported here; what a command needs is imported when it runs (`stillroom_shared.cli`).
 """
@@ -13,6 +13,7 @@ import typer
 
 from stillroom_shared.asked import only_our_own_progress, pairs
 from stillroom_shared.errors import SettingsError
+from stillroom_simulations.evaluating.cli import evaluate as evaluate_command
 
 
 def register(app: typer.Typer) -> None:
@@ -20,6 +21,7 @@ def register(app: typer.Typer) -> None:
     app.command()(demo)
     app.command()(report)
     app.command()(tune)
+    app.command("evaluate")(evaluate_command)
     group = typer.Typer(name="audit", help="Check what was spent and what leaked.", no_args_is_help=True)
     group.command()(ledger)
     group.command()(canaries)

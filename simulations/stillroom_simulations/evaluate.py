@@ -1,6 +1,7 @@
-"""How good a ranking is: nDCG@10, Recall@10 and MRR@10 for every query, through `ir-measures`; and exact dense search.
+"""How good a ranking is: nDCG, recall, MRR and MAP for every query, through `ir-measures`; and exact dense search.
 
-nDCG is trec_eval's: linear gains, log2 discount (Järvelin & Kekäläinen 2002), which is what BEIR and MTEB report.
+nDCG is trec_eval's: linear gains, log2 discount (Järvelin & Kekäläinen 2002), which is what BEIR and MTEB report; MAP at a
+depth is its map_cut, whose denominator is the number of all relevant passages.
 
 | case | what happens |
 |---|---|
@@ -16,12 +17,14 @@ so two systems with the same vectors could otherwise get different figures.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from typing import Any
 
 import ir_measures
 import numpy as np
-from ir_measures import RR, R, nDCG
+from ir_measures import AP, RR, R, nDCG
 from numpy.typing import NDArray
 
 from stillroom_shared.errors import DataError
@@ -34,7 +37,10 @@ FloatArray = NDArray[np.float64]
 
 CUTOFF = 10
 METRICS = ("ndcg_at_10", "recall_at_10", "mrr_at_10")
-_MEASURES = dict(zip(METRICS, (nDCG @ CUTOFF, R @ CUTOFF, RR @ CUTOFF), strict=True))
+"""Of the stages of a run, as results.json has them. `evaluate_run` takes any others of the same form."""
+
+_FAMILIES = {"ndcg": nDCG, "recall": R, "mrr": RR, "map": AP}
+_METRIC = re.compile(f"({'|'.join(_FAMILIES)})_at_([1-9][0-9]*)")
 _UNIT_ROUNDOFF = 2.0**-24  # of float32
 
 
@@ -48,46 +54,76 @@ class Scores:
 
     Attributes:
         query_ids: (n,) judged queries that have a relevant passage, sorted.
-        ndcg_at_10, recall_at_10, mrr_at_10: (n,) float64 in [0, 1].
+        metrics: names, such as "ndcg_at_10".
+        table: (n, metrics) float64 in [0, 1]: one column for each metric.
     """
 
     query_ids: tuple[str, ...]
-    ndcg_at_10: FloatArray
-    recall_at_10: FloatArray
-    mrr_at_10: FloatArray
+    metrics: tuple[str, ...]
+    table: FloatArray
 
     def __post_init__(self) -> None:
-        for field in fields(self)[1:]:
-            getattr(self, field.name).setflags(write=False)
+        self.table.setflags(write=False)
+
+    def of(self, metric: str) -> FloatArray:
+        """(n,) one metric; `DataError` when it was not measured."""
+        if metric not in self.metrics:
+            raise DataError(f"{metric} was not measured: {', '.join(self.metrics)} were")
+        return self.table[:, self.metrics.index(metric)]
+
+    @property
+    def ndcg_at_10(self) -> FloatArray:
+        """(n,)."""
+        return self.of("ndcg_at_10")
+
+    @property
+    def recall_at_10(self) -> FloatArray:
+        """(n,)."""
+        return self.of("recall_at_10")
+
+    @property
+    def mrr_at_10(self) -> FloatArray:
+        """(n,)."""
+        return self.of("mrr_at_10")
 
     @property
     def mean(self) -> dict[str, float]:
         """The mean over queries, by metric."""
-        return {name: float(getattr(self, name).mean()) for name in METRICS}
-
-    @property
-    def table(self) -> FloatArray:
-        """(n, 3): one column for each of `METRICS`."""
-        return np.stack([getattr(self, name) for name in METRICS], axis=1)
+        return {name: float(self.of(name).mean()) for name in self.metrics}
 
 
-def evaluate_run(run: Mapping[str, Mapping[str, float]], qrels: Qrels) -> Scores:
-    """Score the ten best passages of every judged query; see the table of this module for edge cases.
+def cutoff_of(metric: str) -> int:
+    """The depth to which a metric reads a ranking; `DataError` when it is no metric.
+
+    >>> cutoff_of("recall_at_100")
+    100
+    """
+    return _parsed(metric)[1]
+
+
+def evaluate_run(run: Mapping[str, Mapping[str, float]], qrels: Qrels, *, metrics: Sequence[str] = METRICS) -> Scores:
+    """Score the best passages of every judged query; see the table of this module for edge cases.
+
+    Args:
+        metrics: `ndcg_at_K`, `recall_at_K`, `mrr_at_K`, `map_at_K`; a ranking shorter than K ends where it ends.
 
     Raises:
-        DataError: no query has a relevant passage, or a score is not finite.
+        DataError: no query has a relevant passage, a score is not finite, or a metric is unknown.
     """
+    measures = {name: _parsed(name)[0] for name in metrics}
+    depth = max(cutoff_of(name) for name in metrics)
     # trec_eval counts a grade below 0 as a gain of 0, other providers do not: they are the same here.
     judged = {q: {p: max(grade, 0) for p, grade in qrels[q].items()} for q in sorted(qrels) if _relevant(qrels[q])}
     if not judged:
         raise DataError(f"none of {len(qrels)} judged queries has a relevant passage: nothing can be measured")
-    ranked = {q: _best_as_ranks(q, run[q]) for q in judged if q in run}
-    found: dict[str, dict[str, float]] = {name: dict.fromkeys(judged, 0.0) for name in METRICS}
-    name_of = {measure: name for name, measure in _MEASURES.items()}
+    ranked = {q: _best_as_ranks(q, run[q], depth) for q in judged if q in run}
+    found: dict[str, dict[str, float]] = {name: dict.fromkeys(judged, 0.0) for name in metrics}
+    name_of = {measure: name for name, measure in measures.items()}
     if ranked:
-        for value in ir_measures.iter_calc(list(_MEASURES.values()), judged, ranked):
+        for value in ir_measures.iter_calc(list(measures.values()), judged, ranked):
             found[name_of[value.measure]][value.query_id] = value.value
-    return Scores(tuple(judged), *(np.array([found[name][q] for q in judged]) for name in METRICS))
+    table = np.array([[found[name][q] for name in metrics] for q in judged])
+    return Scores(tuple(judged), tuple(metrics), table)
 
 
 def quality(scores: Scores, own_index: Scores | None = None, *, generator: np.random.Generator) -> Quality:
@@ -198,7 +234,16 @@ def own_index_run(
 
 def _summary(scores: Scores, generator: np.random.Generator) -> dict[str, object]:
     found = intervals_of_means(scores.table, generator=generator)
-    return scores.mean | {"intervals": {name: one.ends for name, one in zip(METRICS, found, strict=True)}}
+    return scores.mean | {"intervals": {name: one.ends for name, one in zip(scores.metrics, found, strict=True)}}
+
+
+def _parsed(metric: str) -> tuple[Any, int]:
+    """A measure of `ir-measures` and its depth."""
+    if (found := _METRIC.fullmatch(metric)) is None:
+        families = ", ".join(f"{name}_at_K" for name in _FAMILIES)
+        raise DataError(f"metric {metric!r} is unknown: write {families} with a number for K")
+    cutoff = int(found[2])
+    return _FAMILIES[found[1]] @ cutoff, cutoff
 
 
 def _rows(wanted: Sequence[str], rows: Mapping[str, int], what: str) -> list[int]:
@@ -211,14 +256,14 @@ def _relevant(grades: Mapping[str, int]) -> bool:
     return any(grade > 0 for grade in grades.values())
 
 
-def _best_as_ranks(query: str, scores: Mapping[str, float]) -> dict[str, float]:
-    """The best passages of one query with scores 10, 9, 8, ...: exact in any precision and free of ties."""
+def _best_as_ranks(query: str, scores: Mapping[str, float], depth: int) -> dict[str, float]:
+    """The best passages of one query with scores depth, depth - 1, ...: exact in any precision and free of ties."""
     if bad := [passage for passage, score in scores.items() if not np.isfinite(score)]:
         raise DataError(
             f"query {query!r}: the score of {bad[0]!r} is {scores[bad[0]]}, which has no place in a ranking"
         )
-    best = sorted(scores, key=lambda passage: (-scores[passage], passage))[:CUTOFF]
-    return {passage: float(CUTOFF - rank) for rank, passage in enumerate(best)}
+    best = sorted(scores, key=lambda passage: (-scores[passage], passage))[:depth]
+    return {passage: float(depth - rank) for rank, passage in enumerate(best)}
 
 
 def _checked(vectors: NDArray[np.floating], ids: Sequence[str], what: str) -> NDArray[np.float32]:

@@ -7,6 +7,7 @@ Everything is paired: a resampled query brings the scores of all systems with it
 | over | resampled | assumption |
 |---|---|---|
 | queries | n of n | exchangeable; owners are not resampled, so the claim is about these owners |
+| queries of several sets | n_i of n_i in each set | sets are not resampled: the claim is about these sets |
 | queries and seeds | n of n queries, the same for all seeds; s - 1 of s seeds | crossed, not nested |
 
 Crossed data are resampled along both axes (Owen 2007, the pigeonhole bootstrap), which errs to the wide side. Drawing
@@ -16,7 +17,7 @@ seeds. No resampling knows the tails of three values: such an interval is honest
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,10 +59,36 @@ def intervals_of_means(
     table: ArrayLike, *, generator: np.random.Generator, resamples: int = RESAMPLES, level: float = LEVEL
 ) -> tuple[Interval, ...]:
     """The interval of the mean of each column of `table` (n queries, columns), all from the same resamples."""
-    values = _table(table)
-    sums = np.concatenate([times @ values for times in _draws(len(values), resamples, generator)])  # (B, columns)
+    return intervals_over_sets([table], generator=generator, resamples=resamples, level=level)
+
+
+def intervals_over_sets(
+    tables: Sequence[ArrayLike],
+    *,
+    generator: np.random.Generator,
+    resamples: int = RESAMPLES,
+    level: float = LEVEL,
+) -> tuple[Interval, ...]:
+    """The interval of the mean over data sets of the means over their queries, of each column.
+
+    Every set weighs the same, however many queries it has. Queries are resampled within their set (stratified: Davison and
+    Hinkley 1997, section 3.2), sets are not: the claim is about these sets.
+
+    Args:
+        tables: one of (n_i queries, columns) for each set; the columns are the same.
+    """
+    values = [_table(table) for table in tables]
+    if not values or len({table.shape[1] for table in values}) > 1:
+        raise DataError(
+            f"{len(values)} tables of {sorted({table.shape[1] for table in values})} columns: give equal ones"
+        )
+    sums = np.zeros((resamples, values[0].shape[1]))
+    for table in values:
+        drawn = [times @ table for times in _draws(len(table), resamples, generator)]
+        sums += np.concatenate(drawn) / len(table)  # (B, columns)
     means = sums / len(values)
-    return tuple(_percentile(float(v), m, level) for v, m in zip(values.mean(axis=0), means.T, strict=True))
+    whole = np.mean([table.mean(axis=0) for table in values], axis=0)
+    return tuple(_percentile(float(v), m, level) for v, m in zip(whole, means.T, strict=True))
 
 
 def interval_of_mean(

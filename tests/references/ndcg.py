@@ -27,6 +27,17 @@ def reciprocal_rank(ranking: Sequence[str], grades: Mapping[str, int], cutoff: i
     return 0.0
 
 
+def average_precision(ranking: Sequence[str], grades: Mapping[str, int], cutoff: int = 1_000) -> float:
+    """Precision at the rank of each relevant passage among the first `cutoff`, summed, over the number of all relevant ones."""
+    relevant = {passage for passage, grade in grades.items() if grade > 0}
+    total, found = 0.0, 0
+    for rank, passage in enumerate(ranking[:cutoff], start=1):
+        if passage in relevant:
+            found += 1
+            total += found / rank
+    return total / len(relevant)
+
+
 def _discounted(gains: Sequence[int]) -> float:
     total = 0.0
     for rank, gain in enumerate(gains, start=1):

@@ -65,6 +65,32 @@ def test_equals_the_definition(cases: list[tuple[dict[str, float], dict[str, int
         assert scores.mrr_at_10[i] == pytest.approx(reference.reciprocal_rank(order, grades), abs=1e-12)
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(RUNS, GRADES), min_size=1, max_size=4), st.integers(1, 30))
+def test_any_depth_equals_the_definition(cases: list[tuple[dict[str, float], dict[str, int]]], depth: int) -> None:
+    """A ranking cut at 10 before recall at 100 is taken gives recall at 10; a MAP over those found alone is too high."""
+    names = [f"{family}_at_{depth}" for family in ("ndcg", "recall", "mrr", "map")]
+    run = {f"q{i}": ranking for i, (ranking, _) in enumerate(cases)}
+    grades = {f"q{i}": own for i, (_, own) in enumerate(cases)}
+    scores = evaluate_run(run, grades, metrics=[*names, "recall_at_1"])
+    by_definition = (reference.ndcg, reference.recall, reference.reciprocal_rank, reference.average_precision)
+    for i, (ranking, own) in enumerate(cases):
+        order = sorted(ranking, key=lambda passage: (-ranking[passage], passage))
+        for name, metric in zip(names, by_definition, strict=True):
+            assert scores.of(name)[i] == pytest.approx(metric(order, own, depth), abs=1e-12), name
+        assert scores.of("recall_at_1")[i] == pytest.approx(reference.recall(order, own, 1), abs=1e-12)
+
+
+def test_metrics_that_do_not_exist_are_refused() -> None:
+    """A name that is ignored leaves a column of zeros."""
+    for name in ("precision_at_10", "ndcg_at_0", "ndcg", "map@1000"):
+        with pytest.raises(DataError, match=f"metric '{name}' is unknown"):
+            evaluate_run({"q": {"a": 1.0}}, {"q": {"a": 1}}, metrics=[name])
+    scores = evaluate_run({"q": {"a": 1.0}}, {"q": {"a": 1}})
+    with pytest.raises(DataError, match="map_at_1000 was not measured: ndcg_at_10"):
+        scores.of("map_at_1000")
+
+
 def test_who_is_counted() -> None:
     """A miss that drops out of the mean flatters a system; an unanswerable query that stays in it hides progress."""
     scores = evaluate_run(

@@ -10,7 +10,13 @@ import pytest
 from numpy.typing import NDArray
 
 from stillroom_shared.errors import DataError
-from stillroom_simulations.intervals import Interval, interval_of_mean, interval_of_ratio, intervals_of_means
+from stillroom_simulations.intervals import (
+    Interval,
+    interval_of_mean,
+    interval_of_ratio,
+    intervals_of_means,
+    intervals_over_sets,
+)
 
 Floats = NDArray[np.float64]
 REPEATS, RESAMPLES = 400, 500
@@ -159,3 +165,30 @@ def test_what_is_refused() -> None:
         interval_of_ratio([1.0, 2.0], [0.0, 1.0], generator=generator)
     with pytest.raises(DataError, match="level = 95 is not a share"):
         interval_of_mean([0.1, 0.2], generator=generator, level=95)
+
+
+def draw_over_sets(generator: np.random.Generator, level: float) -> tuple[Interval, float]:
+    """Two sets of unlike size and mean: queries pooled would weigh the large one four times."""
+    small = generator.choice([0.0, 1.0], p=[0.7, 0.3], size=60)
+    large = generator.choice([0.0, 1.0], p=[0.1, 0.9], size=240)
+    [found] = intervals_over_sets([small, large], generator=generator, resamples=RESAMPLES, level=level)
+    return found, 0.6
+
+
+def test_coverage_over_sets() -> None:
+    """Pooling the queries, or resampling sets as if they were one, gives intervals around another figure."""
+    as_is, narrow, wide = coverage(draw_over_sets, 0.8)
+    assert close(as_is, 0.8)
+    assert not close(narrow, 0.8) and not close(wide, 0.8)
+
+
+def test_sets_weigh_the_same_and_one_set_is_itself() -> None:
+    """The estimate is the mean of the means, and a single set must not get another interval than it has alone."""
+    small, large = np.array([[0.0, 1.0]]), np.array([[1.0, 0.0]] * 9)
+    both = intervals_over_sets([small, large], generator=np.random.default_rng(0))
+    assert [one.value for one in both] == [0.5, 0.5]
+    values = np.random.default_rng(1).random((30, 2))
+    alone = intervals_over_sets([values], generator=np.random.default_rng(2))
+    assert alone == intervals_of_means(values, generator=np.random.default_rng(2))
+    with pytest.raises(DataError, match="give equal ones"):
+        intervals_over_sets([small, np.ones((3, 1))], generator=np.random.default_rng(0))

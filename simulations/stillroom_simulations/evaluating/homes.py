@@ -1,0 +1,128 @@
+"""The index of a device, asked as the device asks it: its release and adapter, its vector index, its way of fusing.
+
+| mode | what is asked |
+|---|---|
+| `dense`, `bm25`, `hybrid` | `Device.search` of that mode |
+| `rerank` | `hybrid`, and the release's cross-encoder reads the usual number of results again |
+
+How deep lists are fused depends on how many results are asked for (`fusion.DEPTH`), so the ranking is that of a search for as
+many results as people look at, with those of a deeper search behind it. A device may hold more than the corpus: passages that
+nobody judged are misses. It must not hold less.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from stillroom_client.device import Device
+from stillroom_client.fusion import DEPTH
+from stillroom_client.home import INDEX_NAME, TEXT_INDEX_NAME
+from stillroom_client.ranking import Mode, ranking
+from stillroom_client.rerank import USUAL
+from stillroom_shared.corpus import Passage, Query
+from stillroom_shared.errors import DataError
+from stillroom_shared.release import ONNX_FILES, RERANKER_FOLDER
+from stillroom_simulations.evaluate import Run
+from stillroom_simulations.evaluating.kept import Kept
+from stillroom_simulations.evaluating.systems import Bytes, Progress, as_run, silent
+
+Asked = Literal["dense", "bm25", "hybrid", "rerank"]
+MODES: tuple[Asked, ...] = get_args(Asked)
+
+
+@dataclass(frozen=True, eq=False)
+class Home:
+    """An open device in one mode; whoever opened it closes it."""
+
+    name: str
+    device: Device
+    mode: Asked
+
+    @property
+    def how(self) -> str:
+        """Its index and precision."""
+        kind = self.device.index_in_use()["kind"]
+        words = {"dense": f"{kind} index", "bm25": "tantivy", "hybrid": f"{kind} index and tantivy, fused"}
+        return words.get(self.mode, f"{words['hybrid']}, {USUAL} read again") + ", as served"
+
+    def index(self, passages: Sequence[Passage], kept: Kept, progress: Progress = silent) -> HomeSearcher:
+        """Nothing is added to a device: `DataError` when it lacks a passage."""
+        held = set(self.device.store.ids())
+        if missing := [passage.id for passage in passages if passage.id not in held]:
+            raise DataError(
+                f"{self.device.home} holds {len(passages) - len(missing):,} of {len(passages):,} passages, and not "
+                f"{missing[0]!r}: add the corpus first (`stillroom index add DIR/corpus.jsonl`), or measure its release"
+            )
+        self.device.refresh_index()
+        return HomeSearcher(self)
+
+
+@dataclass(frozen=True, eq=False)
+class HomeSearcher:
+    """A device that holds the corpus."""
+
+    home: Home
+
+    @property
+    def bytes(self) -> Bytes:
+        """The int8 towers, and the index files of the mode."""
+        device, mode = self.home.device, self.home.mode
+        folder, reads = device.store.path.parent, 0
+        names = {"dense": [INDEX_NAME], "bm25": [TEXT_INDEX_NAME]}.get(mode, [INDEX_NAME, TEXT_INDEX_NAME])
+        size = sum(_size(folder / name) for name in names)
+        if mode == "bm25":
+            return Bytes(0, 0, size / device.store.count())
+        if mode == "rerank":
+            reads = _size(device.release.folder / RERANKER_FOLDER / ONNX_FILES["int8"])
+        query, document = device.release.query_onnx("int8"), device.release.document_onnx("int8")
+        return Bytes(_size(query) + reads, _size(document), size / device.store.count())
+
+    def run(self, queries: Sequence[Query], depth: int, progress: Progress = silent) -> Run:
+        """Scores are ranks."""
+        run: Run = {}
+        for done, query in enumerate(queries, start=1):
+            run[query.id] = as_run(list(dict.fromkeys([*self._shown(query.text), *self._deep(query.text, depth)])))
+            progress(done, len(queries))
+        return run
+
+    def encode(self, text: str) -> Any:
+        """The text with its vector, where vectors are searched; reading again encodes for itself."""
+        if self.home.mode in ("bm25", "rerank"):
+            return text, None
+        return text, self.home.device.embed_queries([text])
+
+    def search(self, encoded: Any, k: int) -> list[str]:
+        """What `Device.search` does after its query tower."""
+        text, vectors = encoded
+        if self.home.mode == "rerank":
+            return self._ids(text, k, rerank=USUAL)
+        device, mode = self.home.device, self._mode
+        with device.indexes.current(dense=mode != "bm25", text=mode != "dense") as current:
+            found = ranking(current, mode, text, vectors, k, None)
+            stored = device.catalog.found(fused.row for fused in found)
+        return [stored[fused.row].passage.id for fused in found]
+
+    @property
+    def _mode(self) -> Mode:
+        return "hybrid" if self.home.mode == "rerank" else self.home.mode
+
+    def _shown(self, text: str) -> list[str]:
+        """What somebody sees: a search for at most as many results as lists are deep anyway."""
+        rerank = USUAL if self.home.mode == "rerank" else 0
+        return self._ids(text, rerank or DEPTH, rerank=rerank)
+
+    def _deep(self, text: str, depth: int) -> list[str]:
+        return self._ids(text, depth) if depth > DEPTH or self.home.mode == "rerank" else []
+
+    def _ids(self, text: str, k: int, rerank: int = 0) -> list[str]:
+        hits = self.home.device.search(text, k, mode=self._mode, rerank=rerank, cached=False)
+        return [hit.passage_id for hit in hits]
+
+
+def _size(path: Path) -> int:
+    if path.is_dir():
+        return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    return path.stat().st_size if path.exists() else 0

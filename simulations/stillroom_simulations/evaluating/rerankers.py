@@ -1,0 +1,97 @@
+"""A cross-encoder behind another system: it reads the best passages of that system again (Nogueira and Cho 2019).
+
+| case | what happens |
+|---|---|
+| passages beyond the first n | follow behind, in the order of the first stage: recall at more than n is the first stage's |
+| the first stage finds fewer than n | those are read |
+| an activation at the model's end | left out: it keeps the order, but saturates, and equal scores would be ties |
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from sentence_transformers import CrossEncoder
+from torch import nn
+
+from stillroom_shared.corpus import Passage, Query
+from stillroom_simulations.evaluate import Run
+from stillroom_simulations.evaluating.kept import Kept
+from stillroom_simulations.evaluating.systems import Bytes, Progress, Searcher, System, as_run, silent
+
+_SHARD = 8  # queries
+
+
+@dataclass(frozen=True, eq=False)
+class Reranking:
+    """A cross-encoder with one score. `identity` is a hash of it, `weights` its bytes."""
+
+    name: str
+    how: str
+    model: CrossEncoder
+    identity: str
+    weights: int
+    first: System
+    top: int
+
+    def index(self, passages: Sequence[Passage], kept: Kept, progress: Progress = silent) -> RerankingSearcher:
+        """Index the first stage."""
+        texts = {passage.id: passage.full_text for passage in passages}
+        return RerankingSearcher(self, self.first.index(passages, kept, progress), texts, kept)
+
+
+@dataclass(frozen=True, eq=False)
+class RerankingSearcher:
+    """The first stage's searcher, and the text of each passage."""
+
+    system: Reranking
+    first: Searcher
+    texts: Mapping[str, str]
+    kept: Kept
+
+    @cached_property
+    def bytes(self) -> Bytes:
+        """The first stage's, and the cross-encoder's weights for queries."""
+        first = self.first.bytes
+        return Bytes(first.query_model + self.system.weights, first.passage_model, first.each_passage)
+
+    def run(self, queries: Sequence[Query], depth: int, progress: Progress = silent) -> Run:
+        """The first stage's ranking with its top read again; scores are ranks."""
+        found = self.first.run(queries, max(depth, self.system.top), silent)
+        ranked = {key: sorted(own, key=lambda passage: (-own[passage], passage)) for key, own in found.items()}
+        asked = [query for query in queries if ranked.get(query.id)]
+        tops = {query.id: ranked[query.id][: self.system.top] for query in asked}
+        items = [json.dumps([query.text, *(self.texts[passage] for passage in tops[query.id])]) for query in asked]
+        scored = self.kept.arrays(self.system.identity, items, self._of_items, shard=_SHARD, progress=progress)
+        run: Run = {}
+        for query, scores in zip(asked, scored, strict=True):
+            top = sorted(zip((-scores).tolist(), tops[query.id], strict=True))
+            ranking = [*(passage for _, passage in top), *ranked[query.id][self.system.top :]]
+            run[query.id] = as_run(ranking[:depth])
+        return run
+
+    def encode(self, text: str) -> Any:
+        """The text, and what the first stage makes of it."""
+        return text, self.first.encode(text)
+
+    def search(self, encoded: Any, k: int) -> list[str]:
+        """Search the first stage, and read its top again."""
+        text, first = encoded
+        top = self.first.search(first, self.system.top)
+        scores = self._scores(text, [self.texts[passage] for passage in top])
+        return [top[place] for place in np.argsort(-scores, kind="stable")[:k]]
+
+    def _of_items(self, items: Sequence[str]) -> list[NDArray[np.float32]]:
+        return [self._scores(query, passages) for query, *passages in map(json.loads, items)]
+
+    def _scores(self, query: str, passages: Sequence[str]) -> NDArray[np.float32]:
+        """(passages,) logits."""
+        pairs = [(query, passage) for passage in passages]
+        found = self.system.model.predict(pairs, activation_fn=nn.Identity(), show_progress_bar=False)
+        return np.asarray(found, np.float32).reshape(len(passages))
