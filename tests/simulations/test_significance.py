@@ -46,7 +46,8 @@ def test_sampling_agrees_with_all_outcomes() -> None:
 def null_differences(generator: np.random.Generator) -> Floats:
     """Two systems of which neither is better; queries differ in how far apart they can be."""
     spread = generator.choice([0.0, 0.1, 0.6], p=[0.4, 0.4, 0.2], size=QUERIES)
-    return generator.choice([-1.0, 1.0], size=QUERIES) * spread
+    found: Floats = generator.choice([-1.0, 1.0], size=QUERIES) * spread
+    return found
 
 
 def ours(differences: Floats, generator: np.random.Generator) -> float:

@@ -22,6 +22,7 @@ def show(found: Evaluation, console: Console) -> None:
         console.print(head, style="bold", soft_wrap=True)
         console.print(_quality({m.model: m.intervals for m in one.models}, wide))
         _print_differences(one.comparisons, console)
+        console.print("\none query at a time, on one thread: p50/p99" if _timed(one) else "")
         console.print(_costs(one))
         for measured in one.models:
             console.print(f"{measured.model}: {measured.how}", style="dim", soft_wrap=True)
@@ -49,7 +50,8 @@ def _print_differences(comparisons: Sequence[Compared], console: Console) -> Non
     if not comparisons:
         return
     metric = comparisons[0].metric
-    table = _table(f"less {comparisons[0].baseline}")
+    console.print(f"\nless {comparisons[0].baseline}:", markup=False, soft_wrap=True)
+    table = _table()
     for head in (title(metric), "interval", "p", "p (Holm)"):
         table.add_column(head, justify="right", no_wrap=True)
     for one in comparisons:
@@ -62,8 +64,7 @@ def _print_differences(comparisons: Sequence[Compared], console: Console) -> Non
 def _costs(one: OnSet) -> Table:
     """Milliseconds of one query on one thread, and bytes."""
     table = _table()
-    timed = all(measured.latency for measured in one.models)
-    heads = ["encode ms", "search ms", "both ms", "x first"] if timed else []
+    heads = ["encode ms", "search ms", "both ms", "x first"] if _timed(one) else []
     for head in (*heads, "models", "a passage"):
         table.add_column(head, justify="right", no_wrap=True)
     for measured in one.models:
@@ -76,7 +77,8 @@ def _latency(measured: Measured, first: Measured) -> list[str]:
         return []
     found, base = measured.latency.percentiles(), first.latency.percentiles()
     times = [f"{_ms(found[part]['p50'])}/{_ms(found[part]['p99'])}" for part in ("encode", "search", "total")]
-    return [*times, f"{found['total']['p50'] / base['total']['p50']:.2f}"]
+    ratio = found["total"]["p50"] / base["total"]["p50"]
+    return [*times, f"{ratio:.2f}" if ratio >= 0.005 else "<.01"]
 
 
 def _bytes(measured: Measured) -> list[str]:
@@ -85,9 +87,13 @@ def _bytes(measured: Measured) -> list[str]:
     return [models or "none", _size(found.each_passage)]
 
 
-def _table(first: str = "") -> Table:
+def _timed(one: OnSet) -> bool:
+    return all(measured.latency for measured in one.models)
+
+
+def _table() -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column(first, overflow="fold", min_width=10)
+    table.add_column("", overflow="fold", min_width=10)
     return table
 
 

@@ -146,7 +146,8 @@ class DenseSearcher:
 
     def encode(self, text: str) -> Vectors:
         """(dim,)."""
-        return self.system.query.comparable(self.system.query.embed([text]))[0]
+        vector: Vectors = self.system.query.comparable(self.system.query.embed([text]))[0]
+        return vector
 
     def search(self, encoded: Vectors, k: int) -> list[str]:
         """One float32 product and the best of it."""
