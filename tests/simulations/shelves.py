@@ -115,7 +115,7 @@ def static_table(folder: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
     from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 
     weights = np.random.default_rng(4).standard_normal((len(tokenizer), 16)).astype(np.float32)
-    table = StaticEmbedding(tokenizer, embedding_weights=weights)  # type: ignore[arg-type]
+    table = StaticEmbedding(tokenizer, embedding_weights=weights)
     SentenceTransformer(modules=[table], device="cpu").save(str(folder))
     return folder
 
@@ -140,8 +140,9 @@ def cross_encoder(folder: Path, tokenizer: PreTrainedTokenizerFast, *, labels: i
     torch.manual_seed(5)
     config = BertConfig(
         vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64,
-        max_position_embeddings=64, initializer_range=0.5, num_labels=labels,
+        max_position_embeddings=64, initializer_range=0.5,
     )  # fmt: skip
+    config.num_labels = labels
     BertForSequenceClassification(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

@@ -81,6 +81,14 @@ def test_any_depth_equals_the_definition(cases: list[tuple[dict[str, float], dic
         assert scores.of("recall_at_1")[i] == pytest.approx(reference.recall(order, own, 1), abs=1e-12)
 
 
+def test_each_metric_reads_to_its_own_depth() -> None:
+    """The deepest metric decides how far a ranking is read, and must not lengthen the others."""
+    run = {"q": {f"p{rank:03d}": 200.0 - rank for rank in range(1, 151)}}
+    names = ["ndcg_at_10", "recall_at_10", "recall_at_100", "mrr_at_10", "map_at_100", "map_at_1000"]
+    scores = evaluate_run(run, {"q": {"p020": 1, "p120": 1, "absent": 1}}, metrics=names)
+    assert scores.table[0] == pytest.approx([0, 0, 1 / 3, 0, 1 / 60, (1 / 20 + 2 / 120) / 3])
+
+
 def test_metrics_that_do_not_exist_are_refused() -> None:
     """A name that is ignored leaves a column of zeros."""
     for name in ("precision_at_10", "ndcg_at_0", "ndcg", "map@1000"):

@@ -311,7 +311,7 @@ def test_an_identity_knows_all_that_changes_a_vector(
         change(copy)
         found.add(sentence_models.load_model(str(copy)).identity)
     model = sentence_models.load_model(str(bi)).model
-    model.max_seq_length = 7  # type: ignore[assignment]
+    model.max_seq_length = 7
     found.add(sentence_models.describe(model).identity)
     with torch.no_grad():
         next(iter(model.parameters())).add_(1e-4)

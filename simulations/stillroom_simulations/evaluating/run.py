@@ -253,7 +253,7 @@ def _stage(corpus: Corpus, name: str) -> str:
 def _plan(
     corpora: Sequence[Corpus], asked: Mapping[str, Sequence[Query]], systems: Sequence[System], choices: Choices
 ) -> dict[str, float]:
-    plan = {}
+    plan: dict[str, float] = {}
     for corpus in corpora:
         seconds = (len(corpus.passages) + len(asked[corpus.name])) * _SECONDS_PER_TEXT
         plan |= {_stage(corpus, system.name): 1 + seconds for system in systems}

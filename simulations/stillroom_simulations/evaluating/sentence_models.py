@@ -29,7 +29,7 @@ from sentence_transformers.util import load_file_path
 
 from stillroom_server.teacher import OFFLINE, offline_folder
 from stillroom_shared.errors import SettingsError
-from stillroom_simulations.evaluating.towers import Role, Similarity, Tower
+from stillroom_simulations.evaluating.towers import Role, Tower
 
 Kind = Literal["SentenceTransformer", "CrossEncoder", "MultiVectorEncoder"]
 _LIMITS = ("max_seq_length", "query_length", "document_length")
@@ -86,7 +86,7 @@ def sentence_tower(loaded: Loaded, role: Role) -> Tower:
 
     full = model.get_embedding_dimension()
     assert full is not None
-    return Tower(role, f"{role} {loaded.identity}", loaded.weights, embed, cast(Similarity, compared), full)
+    return Tower(role, f"{role} {loaded.identity}", loaded.weights, embed, compared, full)
 
 
 def _kind(name: str, place: str) -> Kind:
@@ -141,13 +141,14 @@ def _identity(model: BaseModel) -> str:
     parts = [type(model).__name__, repr(model), json.dumps(model.prompts, sort_keys=True)]
     parts.append(str(getattr(model, "default_prompt_name", None)))
     for part in model.modules():
-        if hasattr(part, "get_config_dict"):
-            parts.append(json.dumps(part.get_config_dict(), sort_keys=True, default=str))
-        if hasattr(part, "config") and hasattr(part.config, "to_json_string"):
-            parts.append(part.config.to_json_string())
+        stated: Any = getattr(part, "get_config_dict", dict)
+        parts.append(json.dumps(stated(), sort_keys=True, default=str))
+        config: Any = getattr(part, "config", None)
+        if hasattr(config, "to_json_string"):
+            parts.append(config.to_json_string())
         parts += [str(getattr(part, name, None)) for name in _LIMITS]
-    tokenizer = getattr(model, "tokenizer", None)
-    inner = getattr(tokenizer, "backend_tokenizer", tokenizer)
+    tokenizer: Any = getattr(model, "tokenizer", None)
+    inner: Any = getattr(tokenizer, "backend_tokenizer", tokenizer)
     parts.append(inner.to_str() if hasattr(inner, "to_str") else repr(inner))
     digest = hashlib.sha256(json.dumps(parts).encode())
     for name, value in sorted(model.state_dict().items()):
