@@ -50,12 +50,12 @@ def paired_randomisation(
         raise DataError(f"{len(tables)} tables of differences: give at least one, all with the same columns")
     # Each query's share of the statistic, so that one sum serves any number of sets.
     shares = np.concatenate([table / (len(table) * len(tables)) for table in tables])  # (queries, columns)
-    shares = shares[np.any(shares != 0, axis=1)]
-    if not len(shares):
-        return np.ones(tables[0].shape[1])
+    unequal = shares[np.any(shares != 0, axis=1)]
+    exact = len(unequal) < 63 and 2 ** len(unequal) <= resamples
+    if exact:  # otherwise every query keeps its coins, so that a column's p-value is the same beside any others
+        shares = unequal
     observed, total = np.abs(shares.sum(axis=0)), shares.sum(axis=0)
     reached = observed - _ROUNDING * np.abs(shares).sum(axis=0)  # sums in another order differ in the last bits
-    exact = len(shares) < 63 and 2 ** len(shares) <= resamples
     coins = _all_flips(len(shares)) if exact else _flips(len(shares), resamples, generator)
     extreme, count = np.zeros(shares.shape[1]), 0
     for flipped in coins:

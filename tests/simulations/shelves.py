@@ -8,10 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pytest
+from tests.references import ndcg as reference
 
 from stillroom_client.encoder import Encoder
 from stillroom_shared.beir import load_beir
 from stillroom_shared.corpus import Corpus
+from stillroom_simulations.evaluating import sentence_models
+from stillroom_simulations.evaluating.kept import Kept
+from stillroom_simulations.evaluating.run import Choices, evaluate_models
+from stillroom_simulations.evaluating.values import Evaluation
+from stillroom_simulations.evaluating.words import Words
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -146,3 +153,37 @@ def cross_encoder(folder: Path, tokenizer: PreTrainedTokenizerFast, *, labels: i
     BertForSequenceClassification(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def check(found: Evaluation, model: str, rankings: Ranker, split: str = "test") -> None:
+    """Every metric of every query is that of a slow ranking."""
+    scores = found.sets[0].of(model).scores
+    assert set(scores.query_ids) == set(QRELS[split])
+    for row, query in enumerate(scores.query_ids):
+        order, grades = rankings(QUERIES[query]), QRELS[split][query]
+        wanted = [
+            reference.ndcg(order, grades), reference.recall(order, grades), reference.recall(order, grades, 100),
+            reference.reciprocal_rank(order, grades), reference.average_precision(order, grades),
+        ]  # fmt: skip
+        assert scores.table[row] == pytest.approx(wanted, abs=1e-9), (model, query)
+
+
+def evaluate(models: list[Any], data: Path, **choices: Any) -> Evaluation:
+    """Quickly, without timing."""
+    made = Choices(**{"timed": 0, "resamples": 50, **choices})
+    return evaluate_models(models, [corpus(data)], made)
+
+
+def slow_first(data: Path, bi: Path | None) -> Ranker:
+    """BM25 as the index of words has it, or a bi-encoder."""
+    if bi is not None:
+        model: Any = sentence_models.load_model(str(bi)).model
+        return dense(model.encode, model.encode)
+    passages = corpus(data).passages
+    searcher = Words().index(passages, Kept(None))
+
+    def ranker(text: str) -> list[str]:
+        scores, rows = searcher.found.search(text, 100)
+        return ranked(dict(zip([passages[row].id for row in rows], scores.tolist(), strict=True)))
+
+    return ranker

@@ -11,6 +11,7 @@ from stillroom_simulations.evaluating.values import Compared, Evaluation, Measur
 from stillroom_simulations.intervals import Interval
 
 _WIDE = 110
+_NAME = 14
 _SHORT = {"Recall": "R"}
 
 
@@ -23,7 +24,7 @@ def show(found: Evaluation, console: Console) -> None:
         console.print(_quality({m.model: m.intervals for m in one.models}, wide))
         _print_differences(one.comparisons, console)
         console.print("\none query at a time, on one thread: p50/p99" if _timed(one) else "")
-        console.print(_costs(one))
+        console.print(_costs(one, wide))
         for measured in one.models:
             console.print(f"{measured.model}: {measured.how}", style="dim", soft_wrap=True)
         console.print()
@@ -41,7 +42,10 @@ def _quality(rows: Mapping[str, Mapping[str, Interval]], wide: bool) -> Table:
     for metric in next(iter(rows.values())):
         table.add_column(_shortened(title(metric)), justify="left" if wide else "right", no_wrap=True)
     for model, intervals in rows.items():
-        table.add_row(model, *(f"{one.value:.3f}{' ' if wide else chr(10)}{_ends(one)}" for one in intervals.values()))
+        table.add_row(
+            _name(model, wide),
+            *(f"{one.value:.3f}{' ' if wide else chr(10)}{_ends(one)}" for one in intervals.values()),
+        )
     return table
 
 
@@ -61,14 +65,14 @@ def _print_differences(comparisons: Sequence[Compared], console: Console) -> Non
     console.print(table)
 
 
-def _costs(one: OnSet) -> Table:
+def _costs(one: OnSet, wide: bool) -> Table:
     """Milliseconds of one query on one thread, and bytes."""
     table = _table()
     heads = ["encode ms", "search ms", "both ms", "x first"] if _timed(one) else []
     for head in (*heads, "models", "a passage"):
         table.add_column(head, justify="right", no_wrap=True)
     for measured in one.models:
-        table.add_row(measured.model, *_latency(measured, one.models[0]), *_bytes(measured))
+        table.add_row(_name(measured.model, wide), *_latency(measured, one.models[0]), *_bytes(measured))
     return table
 
 
@@ -95,6 +99,15 @@ def _table() -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("", overflow="fold", min_width=10)
     return table
+
+
+def _name(model: str, wide: bool) -> str:
+    """A model for a narrow column: a pair in two lines rather than anywhere.
+
+    >>> _name("release::offline", wide=False)
+    'release::\\noffline'
+    """
+    return model if wide or len(model) <= _NAME else model.replace("::", "::\n")
 
 
 def _shortened(head: str) -> str:
