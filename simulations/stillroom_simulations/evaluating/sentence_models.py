@@ -27,7 +27,7 @@ from sentence_transformers import CrossEncoder, MultiVectorEncoder, SentenceTran
 from sentence_transformers.base.model import BaseModel
 from sentence_transformers.util import load_file_path
 
-from stillroom_server.teacher import OFFLINE, offline_folder
+from stillroom_server.teacher import folder_of
 from stillroom_shared.errors import SettingsError
 from stillroom_simulations.evaluating.towers import Role, Tower
 
@@ -51,7 +51,7 @@ class Loaded:
 
 def load_model(name: str, *, device: str = "cpu") -> Loaded:
     """A folder, a name, or "offline"; `SettingsError` says why it cannot be evaluated."""
-    place = str(offline_folder()) if name == OFFLINE else name
+    place = folder_of(name)
     kind = _CLASSES[_kind(name, place)]
     try:
         model = kind(place, device=device, model_kwargs={"dtype": "float32"}, trust_remote_code=False)
