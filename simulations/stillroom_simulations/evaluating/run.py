@@ -14,12 +14,14 @@ Resamples depend on the seed alone, so a system's figures are the same whichever
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from rich.console import Console
 
@@ -103,12 +105,23 @@ def evaluate_models(
     if not models or len(asked) != len(corpora) or not corpora:
         raise SettingsError("give at least one model and one data set, and data sets of different names")
     opener = Opener(device=choices.device, threads=choices.threads, first_stage=choices.first_stage, top=choices.rerank)
-    with opener:
+    with opener, _threads(choices.threads):
         systems = opener.systems(models)
         progress = Progress(_plan(corpora, asked, systems, choices), console=console or Console(file=io.StringIO()))
         sets = tuple(_on_set(corpus, asked[corpus.name], systems, choices, progress) for corpus in corpora)
     means, comparisons = _over_sets(sets, choices) if len(sets) > 1 else ({}, ())
     return Evaluation(sets, means, comparisons, _facts(choices, [system.name for system in systems]))
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """As many threads for torch, until it is left."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def queries_of(corpus: Corpus, split: Split | None) -> tuple[Query, ...]:
