@@ -208,8 +208,8 @@ class ContentStore:
         for name in names:
             (self.folder / name).unlink(missing_ok=True)
             del self._runs[name]
-        for column in shapes:
-            (self.folder / f"{column}.partial").unlink()
+        for name in shapes:
+            (self.folder / f"{name}.partial").unlink()
 
 
 def _ranges(runs: Sequence[_Run], rows: int) -> Iterator[tuple[NDArray[Any], NDArray[Any], NDArray[Any]]]:
@@ -258,7 +258,7 @@ def _arrays(batch: pa.RecordBatch, width: int, dtype: np.dtype[Any]) -> tuple[ND
 def _checksum(columns: Sequence[NDArray[Any]]) -> int:
     crc = 0
     for column in columns:
-        raw = memoryview(np.ascontiguousarray(column).reshape(-1).view(np.uint8))
+        raw = np.ascontiguousarray(column).reshape(-1).view(np.uint8)
         for start in range(0, len(raw), _CHECKED_AT_ONCE):
-            crc = zlib.crc32(raw[start : start + _CHECKED_AT_ONCE], crc)
+            crc = zlib.crc32(raw[start : start + _CHECKED_AT_ONCE].data, crc)
     return crc
