@@ -120,7 +120,8 @@ def teach(
     before = _measured(work, evaluator, model)
     trainer = _trainer(model, lessons, picked, settings, work, evaluator, progress)
     with quiet():
-        trainer.train(resume_from_checkpoint=get_last_checkpoint(str(work)))
+        newest: str | None = get_last_checkpoint(str(work))  # type: ignore[no-untyped-call]
+        trainer.train(resume_from_checkpoint=newest)
     model.eval()
     after = float(trainer.state.best_metric or 0.0)
     done = Teaching(out, before, after, len(picked.trained), len(picked.held_out), trainer.state.global_step)
@@ -133,7 +134,7 @@ def _start(settings: TeachSettings) -> CrossEncoder:
     """The model before training; its head is new unless it was a cross-encoder."""
     torch.manual_seed(settings.seed)
     device = "cpu" if settings.device == "cpu" else None
-    model = load_model(CrossEncoder, settings.model, num_labels=1, device=device)
+    model: CrossEncoder = load_model(CrossEncoder, settings.model, num_labels=1, device=device)
     model.max_seq_length = min(settings.pair_tokens, model.max_seq_length or settings.pair_tokens)
     return model
 
@@ -225,7 +226,7 @@ def _measured(work: Path, evaluator: CrossEncoderRerankingEvaluator, model: Cros
     """nDCG@10 before training, which a resumed run reads back."""
     path = work / "before.json"
     if not path.exists():
-        path.write_text(json.dumps(float(evaluator(model)[evaluator.primary_metric])))
+        path.write_text(json.dumps(float(evaluator(model)[str(evaluator.primary_metric)])))
     return float(json.loads(path.read_text()))
 
 

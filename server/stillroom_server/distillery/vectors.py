@@ -88,12 +88,12 @@ class VectorCache:
         )
         missing = np.flatnonzero(~store.get(keys)[0])
         missing = missing[distinct(keys[missing])]
-        missing = missing[np.argsort([-len(texts[row]) for row in missing], kind="stable")]
+        missing = missing[np.argsort([-len(texts[row]) for row in missing.tolist()], kind="stable")]
         done(len(texts) - len(missing))
         for start in range(0, len(missing), SHARD):
             shard = missing[start : start + SHARD]
             with np.errstate(over="ignore"):
-                vectors = embedder.embed([texts[row] for row in shard], role).astype(self.storage)
+                vectors = embedder.embed([texts[row] for row in shard.tolist()], role).astype(self.storage)
             if not np.isfinite(vectors).all():
                 raise DataError(f"a vector is not finite as {self.storage}: embed in float32, or mend the model")
             store.put(keys[shard], vectors)

@@ -25,7 +25,7 @@ def save_models(root: Path, tower: BertModel, tokenizer: PreTrainedTokenizerFast
     for name, labels in (("cross-encoder", 1), ("three", 3)):
         encoder = CrossEncoder(folders["bi-encoder"], num_labels=labels, device="cpu")
         assert encoder.model is not None
-        encoder.model.classifier.weight.data.normal_()
+        encoder.model.get_parameter("classifier.weight").data.normal_()
         encoder.save_pretrained(folders[name], create_model_card=False)
     MultiVectorEncoder(folders["bi-encoder"], device="cpu").save_pretrained(folders["colbert"], create_model_card=False)
     return folders

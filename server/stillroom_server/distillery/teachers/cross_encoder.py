@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import sentence_transformers
@@ -67,7 +68,9 @@ class CrossEncoder:
         if not row:
             return [np.zeros(0, np.float32) for _ in rows]
         limit = self.pair_tokens
-        reading = {} if limit is None else {"processing_kwargs": {"text": {"max_length": limit, "truncation": True}}}
+        reading: dict[str, Any] = (
+            {} if limit is None else {"processing_kwargs": {"text": {"max_length": limit, "truncation": True}}}
+        )
         with autocast(self.model, self.settings):
             logits = self.model.predict(
                 list(row),

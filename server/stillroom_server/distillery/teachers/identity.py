@@ -40,7 +40,7 @@ def _described(model: nn.Module) -> Iterator[Any]:
         kind = [name, type(module).__name__]
         if hasattr(module, "get_config_dict"):
             yield [*kind, module.get_config_dict()]
-        config = getattr(module, "config", None)
+        config: Any = getattr(module, "config", None)
         if hasattr(config, "to_diff_dict"):
             yield [*kind, {k: v for k, v in config.to_diff_dict().items() if k not in _VOLATILE}]
         tokenizer = getattr(module, "tokenizer", None)

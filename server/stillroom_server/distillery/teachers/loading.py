@@ -37,12 +37,12 @@ def quiet() -> Iterator[None]:
     library, verbosity = logging.getLogger("sentence_transformers"), transformers_logging.get_verbosity()
     level, bars = library.level, transformers_logging.is_progress_bar_enabled()
     library.setLevel(logging.ERROR)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity(logging.ERROR)
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
         library.setLevel(level)
         transformers_logging.set_verbosity(verbosity)
         if bars:
-            transformers_logging.enable_progress_bar()
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
