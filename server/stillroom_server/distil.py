@@ -10,7 +10,6 @@ The document tower stays the teacher's, so every vector that a device has indexe
 
 from __future__ import annotations
 
-import copy
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -27,9 +26,9 @@ from sentence_transformers.sentence_transformer.model_card import SentenceTransf
 from torch import Tensor, nn
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from stillroom_server.distillery.students.towers import drop_layers, freeze, with_tower, without_dropout
 from stillroom_server.teacher import TeacherVectors, tower_of
 from stillroom_shared.corpus import Corpus, normalize
-from stillroom_shared.errors import SettingsError
 from stillroom_shared.settings import DistilSettings
 
 QUERY_TOKENS = 32
@@ -149,20 +148,7 @@ def distil(
 
 def make_student(teacher: SentenceTransformer, layers: Sequence[int]) -> SentenceTransformer:
     """A copy of the teacher with only these layers, reading at most 32 tokens; embeddings frozen, dropout off."""
-    student = copy.deepcopy(teacher)
-    tower = tower_of(student)
-    depth = tower.config.num_hidden_layers
-    if not layers or list(layers) != sorted(set(layers)) or layers[0] < 0 or layers[-1] >= depth:
-        raise SettingsError(f"distil.layers {tuple(layers)}: give ascending layer numbers from 0 to {depth - 1}")
-    tower.encoder.layer = nn.ModuleList(tower.encoder.layer[i] for i in layers)
-    tower.config.num_hidden_layers = len(layers)
-    tower.embeddings.requires_grad_(False)
-    # The fused attention makes one product for each head of each text in its backward pass: for texts this short, a step
-    # took 1.7 times as long.
-    tower.set_attn_implementation("eager")
-    for module in student.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
+    student = with_tower(teacher, without_dropout(freeze(drop_layers(tower_of(teacher), layers), embeddings=True)))
     student.max_seq_length = QUERY_TOKENS
     return student
 

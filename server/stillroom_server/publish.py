@@ -97,6 +97,11 @@ def _check(
 ) -> None:
     if adapter.spec != spec:
         raise ReleaseError(f"the default adapter has spec {adapter.spec}, the release {spec}: they must be the same")
+    if type(query_tower) is not BertModel:
+        raise ReleaseError(
+            f"the query tower is a {type(query_tower).__name__}: devices load a plain BertModel to train its adapter; remove "
+            "layers or feed-forward neurons, as many from each layer, and leave heads and width as they are"
+        )
     dimension = query_tower.config.hidden_size
     if isinstance(document_tower, Release):
         other, tokens = document_tower.dimension, document_tower.document_tokens

@@ -1,0 +1,120 @@
+"""Trimmed vocabularies: equal vectors for texts that are covered, other splits for the rest, and nothing lost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sentence_transformers import CrossEncoder, SentenceTransformer
+from tokenizers import Tokenizer
+
+from stillroom_server.distillery.students.make import make_student
+from stillroom_server.distillery.students.settings import StudentSettings
+from stillroom_server.distillery.students.towers import bert_of
+from stillroom_server.distillery.students.vocabulary import Trimmed, trim_vocabulary
+from stillroom_server.publish import write_tokenizer
+from stillroom_shared.errors import DataError, SettingsError
+from stillroom_shared.release import Release
+
+SEEN = ["Open the zip file.", "a tapir eats leaves", "open a river"]
+UNSEEN = "sort the members of the tar passage"
+
+
+@pytest.fixture(scope="module")
+def model(tiny_release: Release) -> SentenceTransformer:
+    return SentenceTransformer(str(tiny_release.folder / "document"), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def trimmed(model: SentenceTransformer) -> Trimmed[SentenceTransformer]:
+    return trim_vocabulary(model, SEEN)
+
+
+def test_covered_texts_have_equal_vectors_and_others_are_split_further(
+    model: SentenceTransformer, trimmed: Trimmed[SentenceTransformer]
+) -> None:
+    """Guards against rows of the wrong token, special tokens with an old id, and words that become [UNK]."""
+    student = trimmed.student
+    for text in SEEN:  # one at a time: whatever order a batch is summed in
+        assert np.array_equal(student.encode(text), model.encode(text)), text
+    old, new = model.tokenizer, student.tokenizer
+    assert new.tokenize(UNSEEN) != old.tokenize(UNSEEN) and "[UNK]" not in new.tokenize(UNSEEN)
+    assert "".join(new.tokenize(UNSEEN)).replace("##", "") == UNSEEN.replace(" ", "")
+    assert new.tokenize("käse über") == old.tokenize("käse über"), "accents are stripped before"
+    assert new.tokenize("漢") == ["[UNK]"] == old.tokenize("漢")
+    assert [new.convert_ids_to_tokens(number) for number in range(len(new))] == [
+        old.convert_ids_to_tokens(number) for number in trimmed.kept
+    ]
+    assert new.all_special_tokens == old.all_special_tokens
+
+
+def test_what_is_saved_is_what_is_said(model: SentenceTransformer, trimmed: Trimmed[SentenceTransformer]) -> None:
+    """Guards against a figure that is of the plan and not of the student."""
+    tables = [bert_of(one).embeddings.word_embeddings.weight for one in (model, trimmed.student)]
+    assert trimmed.bytes_saved == 4 * (tables[0].numel() - tables[1].numel()) > 0
+    assert trimmed.covered == 1 and len(trimmed.kept) == len(tables[1]) == bert_of(trimmed.student).config.vocab_size
+    assert torch.equal(tables[1], tables[0][list(trimmed.kept)])
+    assert bert_of(model).config.vocab_size == len(tables[0]), "the given model is not changed"
+
+
+def test_trimmed_students_save_load_and_serve(
+    model: SentenceTransformer, trimmed: Trimmed[SentenceTransformer], tmp_path: Path
+) -> None:
+    """Guards against a folder whose tokenizer is still the old one, for Sentence Transformers and for the device."""
+    trimmed.student.save_pretrained(str(tmp_path / "student"))
+    loaded = SentenceTransformer(str(tmp_path / "student"), device="cpu")
+    texts = [*SEEN, UNSEEN]
+    np.testing.assert_allclose(loaded.encode(texts), trimmed.student.encode(texts), atol=2e-6)
+    assert loaded.max_seq_length == model.max_seq_length
+    (tmp_path / "device").mkdir()
+    device = write_tokenizer(tmp_path / "device", trimmed.student.tokenizer, 16)
+    for text in texts:
+        assert device.encode(text).ids == loaded.tokenizer.encode(text)
+    pair = device.encode("open", "close")
+    assert pair.tokens[0] == "[CLS]" and pair.tokens[-1] == "[SEP]" and pair.type_ids[-1] == 1
+
+
+def test_a_bound_keeps_the_most_frequent(model: SentenceTransformer) -> None:
+    """Guards against keeping the rarest, or the first."""
+    whole = trim_vocabulary(model, [*["tapir"] * 3, *["river"] * 2, "zip"])
+    small = trim_vocabulary(model, [*["tapir"] * 3, *["river"] * 2, "zip"], size=len(whole.kept) - 1)
+    assert "zip" not in small.student.tokenizer.vocab and {"tapir", "river"} <= set(small.student.tokenizer.vocab)
+    assert small.covered == pytest.approx(5 / 6) and len(small.kept) == len(whole.kept) - 1
+    assert "[UNK]" not in small.student.tokenizer.tokenize("zip")
+
+
+def test_tokens_that_the_alphabet_cannot_spell_are_kept(model: SentenceTransformer) -> None:
+    """Guards against an alphabet with gaps: "!" has no continuation here, so only its own token can say it."""
+    kept = trim_vocabulary(model, ["river"]).student.tokenizer
+    assert kept.tokenize("(zip!)") == ["(", "z", "##i", "##p", "!", ")"]
+
+
+def test_static_students_and_rerankers_are_trimmed_alike(model: SentenceTransformer, tmp_path: Path) -> None:
+    """Guards against a table that keeps its rows, and a cross-encoder whose config still says the old size."""
+    static = make_student(StudentSettings(kind="static", rank=8), model)
+    assert isinstance(static, SentenceTransformer)
+    smaller = trim_vocabulary(static, SEEN)
+    assert isinstance(smaller.student.tokenizer, Tokenizer)
+    np.testing.assert_array_equal(smaller.student.encode(SEEN), static.encode(SEEN))
+    assert smaller.student[0].embedding.weight.shape == (len(smaller.kept), 8)
+    assert smaller.bytes_saved == 4 * 8 * (static[0].num_embeddings - len(smaller.kept))
+    long = " ".join(["tapir"] * 29)
+    np.testing.assert_allclose(*smaller.student.encode([long + " tapir", long + " tapir a"]), atol=1e-6)
+    scorer = make_student(StudentSettings(kind="reranker", layers=(0,), tokens=24), model)
+    assert isinstance(scorer, CrossEncoder)
+    small = trim_vocabulary(scorer, SEEN).student
+    small.save_pretrained(str(tmp_path))
+    loaded = CrossEncoder(str(tmp_path), device="cpu", local_files_only=True)
+    pairs = [(SEEN[0], SEEN[1]), (SEEN[2], SEEN[1])]
+    np.testing.assert_array_equal(small.predict(pairs), scorer.predict(pairs))
+    np.testing.assert_allclose(loaded.predict(pairs), scorer.predict(pairs), atol=1e-6)
+
+
+def test_trimming_without_what_it_needs_is_refused(model: SentenceTransformer) -> None:
+    """Guards against a vocabulary of letters, by an empty list of texts."""
+    with pytest.raises(DataError, match="no texts"):
+        trim_vocabulary(model, [])
+    with pytest.raises(SettingsError, match="vocabulary size 10"):
+        trim_vocabulary(model, SEEN, size=10)
