@@ -9,6 +9,7 @@ import pytest
 import torch
 from sentence_transformers import CrossEncoder, SentenceTransformer
 from tokenizers import Tokenizer
+from transformers import BertTokenizer
 
 from stillroom_server.distillery.students.make import make_student
 from stillroom_server.distillery.students.settings import StudentSettings
@@ -24,7 +25,14 @@ UNSEEN = "sort the members of the tar passage"
 
 @pytest.fixture(scope="module")
 def model(tiny_release: Release) -> SentenceTransformer:
-    return SentenceTransformer(str(tiny_release.folder / "document"), device="cpu")
+    """With the vocabulary turned round: special tokens come last, so trimming moves their ids."""
+    model = SentenceTransformer(str(tiny_release.folder / "document"), device="cpu")
+    words = sorted(model.tokenizer.vocab, key=lambda word: -model.tokenizer.vocab[word])
+    turned = BertTokenizer(vocab={word: number for number, word in enumerate(words)}, do_lower_case=True)
+    turned.model_max_length = model.max_seq_length
+    model[0].processor = turned
+    bert_of(model).config.pad_token_id = turned.pad_token_id
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +45,10 @@ def test_covered_texts_have_equal_vectors_and_others_are_split_further(
 ) -> None:
     """Guards against rows of the wrong token, special tokens with an old id, and words that become [UNK]."""
     student = trimmed.student
-    for text in SEEN:  # one at a time: whatever order a batch is summed in
-        assert np.array_equal(student.encode(text), model.encode(text)), text
+    for text in SEEN:  # equal to the bit where kernels begin; how those sum may depend on where memory lies
+        rows = [one[0].auto_model.embeddings(one.preprocess([text])["input_ids"]) for one in (student, model)]
+        assert torch.equal(*rows), text
+        np.testing.assert_allclose(student.encode(text), model.encode(text), atol=1e-6)
     old, new = model.tokenizer, student.tokenizer
     assert new.tokenize(UNSEEN) != old.tokenize(UNSEEN) and "[UNK]" not in new.tokenize(UNSEEN)
     assert "".join(new.tokenize(UNSEEN)).replace("##", "") == UNSEEN.replace(" ", "")
@@ -96,8 +106,13 @@ def test_static_students_and_rerankers_are_trimmed_alike(model: SentenceTransfor
     static = make_student(StudentSettings(kind="static", rank=8), model)
     assert isinstance(static, SentenceTransformer)
     smaller = trim_vocabulary(static, SEEN)
-    assert isinstance(smaller.student.tokenizer, Tokenizer)
-    np.testing.assert_array_equal(smaller.student.encode(SEEN), static.encode(SEEN))
+    backend = smaller.student.tokenizer
+    assert isinstance(backend, Tokenizer)
+    assert backend.encode("open").ids == [backend.token_to_id(token) for token in ("[CLS]", "open", "[SEP]")]
+    assert backend.get_added_tokens_decoder().keys() == {
+        backend.token_to_id(t) for t in model.tokenizer.all_special_tokens
+    }
+    np.testing.assert_allclose(smaller.student.encode(SEEN), static.encode(SEEN), atol=1e-6)
     assert smaller.student[0].embedding.weight.shape == (len(smaller.kept), 8)
     assert smaller.bytes_saved == 4 * 8 * (static[0].num_embeddings - len(smaller.kept))
     long = " ".join(["tapir"] * 29)
@@ -108,7 +123,7 @@ def test_static_students_and_rerankers_are_trimmed_alike(model: SentenceTransfor
     small.save_pretrained(str(tmp_path))
     loaded = CrossEncoder(str(tmp_path), device="cpu", local_files_only=True)
     pairs = [(SEEN[0], SEEN[1]), (SEEN[2], SEEN[1])]
-    np.testing.assert_array_equal(small.predict(pairs), scorer.predict(pairs))
+    np.testing.assert_allclose(small.predict(pairs), scorer.predict(pairs), atol=1e-6)
     np.testing.assert_allclose(loaded.predict(pairs), scorer.predict(pairs), atol=1e-6)
 
 

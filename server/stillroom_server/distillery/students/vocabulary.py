@@ -7,14 +7,14 @@ Abdaoui et al. 2020, arXiv 2010.05609).
 
 Guarantees:
 
-| text | its vector afterwards |
+| text | afterwards |
 |---|---|
-| all its tokens were kept | equal to the bit: word pieces are the longest that match, and nothing longer appears |
+| all its tokens were kept | the same rows go in: word pieces are the longest that match, and nothing longer appears |
 | some were not, its characters are of the alphabet | made of shorter tokens; no [UNK] |
 | a word has a character that is not of the alphabet | its tokens were kept, but a neighbour's may match further: may be [UNK] |
 | a word was [UNK] before | stays so |
 
-Token ids keep their order, so [PAD] keeps the smallest. Only WordPiece tokenizers are read, which all BERT towers have.
+Token ids keep their order. Only WordPiece tokenizers are read, which all BERT towers have.
 
 A release has one tokenizer for both towers (`Manifest`): trim both alike, or serve the student elsewhere.
 """
