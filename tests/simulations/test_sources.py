@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from stillroom_server.docstrings import DocstringSource
 from stillroom_shared.errors import SettingsError
 from stillroom_shared.settings import CorpusSettings
 from stillroom_simulations import sources
-from stillroom_simulations.docstrings import DocstringSource
 from stillroom_simulations.sources import load_corpus
 
 

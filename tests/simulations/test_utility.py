@@ -15,11 +15,11 @@ import pytest
 from rich.console import Console
 from tests.test_tutorial import write_corpus
 
+from stillroom_server.docstrings import DocstringSource, docstring_corpus
 from stillroom_shared.errors import SettingsError
 from stillroom_shared.settings import load_settings
 from stillroom_shared.statement import COORDINATOR, OBSERVERS, READERS
 from stillroom_simulations import utility
-from stillroom_simulations.docstrings import DocstringSource, docstring_corpus
 from stillroom_simulations.epsilon_context import check_epsilon_context
 from stillroom_simulations.figures import render
 from stillroom_simulations.utility import EPSILONS, Outcome, Outcomes, arms, bench_privacy, benchmark

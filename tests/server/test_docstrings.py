@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from stillroom_server.docstrings import FULL, SMALL, DocstringSource, docstring_corpus
 from stillroom_shared.corpus import Corpus, normalize, split_of
 from stillroom_shared.errors import DataError
-from stillroom_simulations.docstrings import FULL, SMALL, DocstringSource, docstring_corpus
 
 BODY = "The tapir walks through the forest at night and eats the leaves of {} before the morning comes."
 SOURCE = DocstringSource(name="zoo", public=("tapir_public",), private=("tapir_alpha", "tapir_beta"))
