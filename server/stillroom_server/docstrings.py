@@ -82,19 +82,31 @@ def docstring_corpus(
     return Corpus(source.name, tuple(passages), tuple(queries), qrels)
 
 
+def package_files(owner: str, suffixes: tuple[str, ...]) -> Iterator[Path]:
+    """Files of an installed package by their suffixes, sorted, without tests and vendored packages.
+
+    Raises `DataError` when the package is not installed.
+    """
+    root = _root_of(owner)
+    for path in sorted(root.rglob("*")):
+        if path.suffix in suffixes and not _SKIPPED_FOLDERS & set(path.relative_to(root).parts[:-1]):
+            yield path
+
+
 def _source_files(owner: str) -> Iterator[tuple[Path, Path]]:
+    root = _root_of(owner)
+    return ((path, root.parent) for path in package_files(owner, (".py",)))
+
+
+def _root_of(owner: str) -> Path:
     if owner == STANDARD_LIBRARY:
-        root = Path(sysconfig.get_paths()["stdlib"])
-    else:
-        spec = importlib.util.find_spec(owner)
-        if spec is None or not spec.submodule_search_locations:
-            raise DataError(
-                f"package {owner!r} of the docstring corpus is not installed: pip install 'stillroom[federated,server,offline]'"
-            )
-        root = Path(next(iter(spec.submodule_search_locations)))
-    for path in sorted(root.rglob("*.py")):
-        if not _SKIPPED_FOLDERS & set(path.relative_to(root).parts[:-1]):
-            yield path, root.parent
+        return Path(sysconfig.get_paths()["stdlib"])
+    spec = importlib.util.find_spec(owner)
+    if spec is None or not spec.submodule_search_locations:
+        raise DataError(
+            f"package {owner!r} of the docstring corpus is not installed: pip install 'stillroom[federated,server,offline]'"
+        )
+    return Path(next(iter(spec.submodule_search_locations)))
 
 
 def _pairs_of_file(job: tuple[str, Path, Path]) -> list[tuple[str, str, str, str]]:

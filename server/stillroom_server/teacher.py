@@ -39,12 +39,15 @@ def load_teacher(name: str) -> SentenceTransformer:
 
 def folder_of(name: str) -> str:
     """The folder of the packaged model for "offline", any other name as it is."""
-    if name != OFFLINE:
-        return name
+    return str(offline_folder("distil.teacher")) if name == OFFLINE else name
+
+
+def offline_folder(setting: str) -> Path:
+    """Where the packaged model lies; `MissingExtraError`, naming the setting that asks for it, when it is not installed."""
     spec = importlib.util.find_spec(_OFFLINE_PACKAGE)
     if spec is None or spec.origin is None:
-        raise MissingExtraError("distil.teacher = offline", "offline", _OFFLINE_PACKAGE)
-    return str(Path(spec.origin).parent / "model")
+        raise MissingExtraError(f"{setting} = {OFFLINE}", "offline", _OFFLINE_PACKAGE)
+    return Path(spec.origin).parent / "model"
 
 
 def tower_of(model: SentenceTransformer) -> BertModel:

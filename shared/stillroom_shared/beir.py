@@ -104,6 +104,37 @@ def read_lines(path: Path, *, owner: str) -> Iterator[Line]:
         yield Line(record.passage(owner), record.place.line, record.scalars)
 
 
+@dataclass(frozen=True, slots=True)
+class BeirFiles:
+    """Where the parts of a folder lie, to read one after the other what does not fit in memory."""
+
+    corpus: Path
+    queries: Path
+    qrels: dict[Split, Path]
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """One row of a qrels file."""
+
+    query: str
+    passage: str
+    score: int
+
+
+def beir_files(folder: Path) -> BeirFiles:
+    """The files of a folder in BEIR layout, which are not read. Raises `DataError` when one is missing or twice there."""
+    if not folder.is_dir():
+        raise DataError(f"{folder} is not a folder: give one with corpus.jsonl, queries.jsonl and qrels/SPLIT.tsv")
+    return BeirFiles(_only(folder, "corpus.jsonl"), _only(folder, "queries.jsonl"), _qrels_files(folder / "qrels"))
+
+
+def read_judgements(files: BeirFiles, split: Split) -> Iterator[Judgement]:
+    """The rows of one split, whose ids are not checked. Raises `DataError`: naming file, line and field."""
+    for _, query, passage, score in _Reader(0, lambda done, total: None).judgements(files.qrels[split]):
+        yield Judgement(query, passage, score)
+
+
 def _judged(
     reader: _Reader, files: dict[Split, Path], known: dict[str, tuple[Path, set[str]]]
 ) -> tuple[dict[str, dict[str, int]], dict[str, Split]]:
