@@ -84,14 +84,15 @@ def headed(text: str) -> Iterator[tuple[str, str]]:
     title, body, lines = "", [], text.split("\n")
     fenced = False
     for line, following in pairwise([*lines, ""]):
-        fenced ^= line.lstrip().startswith(("```", "~~~"))
+        fence = line.lstrip().startswith(("```", "~~~"))
+        fenced ^= fence
         found = None if fenced else _MARKDOWN.match(line)
         underlined = not fenced and line.strip() and not _UNDERLINE.match(line) and _UNDERLINE.match(following)
         if found or (underlined and len(following.strip()) >= len(line.strip())):
             if "\n".join(body).strip():
                 yield title, "\n".join(body)
             title, body = found["title"] if found else line.strip(), []
-        elif fenced or not _UNDERLINE.match(line):
+        elif fenced or fence or not _UNDERLINE.match(line):
             body.append(line)
     if "\n".join(body).strip():
         yield title, "\n".join(body)

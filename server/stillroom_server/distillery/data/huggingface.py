@@ -115,8 +115,8 @@ def _rows(stream: IterableDataset, columns: Mapping[str, str], title: str) -> It
     for number, row in enumerate(stream):
         texts = {role: _texts(row[column], title, number, column) for role, column in columns.items()}
         titled = itertools.zip_longest(texts.get("passage", ()), texts.get("title", ()), fillvalue="")
-        passages = tuple(f"{head}\n{body}" if head else body for body, head in titled if body)
-        query = " ".join(texts.get("query", ()))
+        passages = tuple(f"{head}\n{body}" if head else body for body, head in titled if body.strip())
+        query = " ".join(texts.get("query", ())).strip()
         if query or passages or texts.get("other"):
             yield Row(query, passages, texts.get("other", ()))
 
