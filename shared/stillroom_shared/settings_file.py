@@ -2,7 +2,7 @@
 
 Knows nothing of what is set: `stillroom_shared.settings` holds the models. Keys are dotted (`rounds.noise_multiplier`).
 A setting of type `dict[str, SomeGroup]` is a table of groups whose names the file chooses: `teachers.large.weight` is
-the setting `teachers.*.weight`.
+the setting `teachers.*.weight`. A list of tables is one setting, whose mistakes are told by table and key.
 TOML has no null, so the text `none` unsets a setting that may be unset, in a file as on the command line.
 
 | given | result |
@@ -137,6 +137,12 @@ def _inner(field: FieldInfo) -> tuple[type[Group], str] | None:
     return (kind, step) if isinstance(kind, type) and issubclass(kind, Group) else None
 
 
+def _lists_groups(field: FieldInfo) -> bool:
+    """Whether a setting is a list of tables."""
+    kind = next(iter(get_args(field.annotation)), None)
+    return isinstance(kind, type) and issubclass(kind, Group)
+
+
 def _known(key: str, known: Mapping[str, FieldInfo]) -> FieldInfo | None:
     """The setting that a key names; one of its parts may be a name that the file chose."""
     parts = key.split(".")
@@ -159,6 +165,8 @@ def _kind(annotation: Any) -> str:
     bare = _bare(annotation)
     if get_origin(bare) is tuple:
         return f"list of {_kind(get_args(bare)[0])}"
+    if isinstance(bare, type) and issubclass(bare, Group):
+        return "table"
     return _KINDS.get(bare) or " or ".join(map(str, get_args(bare)))
 
 
@@ -214,7 +222,8 @@ def _refusal(problem: ErrorDetails, known: Mapping[str, FieldInfo], defaults: Ma
     # Positions in a list and branches of a union follow the name of the setting.
     starts = (".".join(parts[:end]) for end in range(len(parts), 0, -1))
     key, field = next(((start, found) for start in starts if (found := _known(start, known))), (None, None))
-    if key is None or field is None:  # several settings of a group that do not fit together: the model's own words
+    # Several settings of a group that do not fit together, or a table in a list of tables: the model's own words.
+    if key is None or field is None or _lists_groups(field):
         return f"settings of {'.'.join(parts)}: {problem['msg'].removeprefix('Value error, ')}"
     if problem["type"] == "missing":
         return f"setting {key} is missing: give {allowed(field)} ({field.description})"

@@ -288,7 +288,7 @@ def test_odd_texts_stay_outside_and_are_counted(tmp_path: Path) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     lessons = read(SourceSettings(kind="huggingface", data=str(path), characters=100), tmp_path / "out")
     assert lessons.description["about"]["left_out"] == {"cut": 1}
-    assert passages(lessons) == {"b", ("word " * 20).strip()}
+    assert passages(lessons) == {"b", ("word " * 19).strip()}
     with LessonsWriter(tmp_path / "more", candidates=1) as writer:
         intake = Intake(writer, NOTHING, name="zoo", characters=100)
         intake.pair(intake.query("half a \ud800 pair"), intake.passage("whole"))
