@@ -37,7 +37,7 @@ from stillroom_shared.errors import SettingsError
 
 _SUBWORD = "##"
 _LONGEST = {"query": 64, "passage": 512}
-_LEAST_WORDS = 50
+_LEAST_WORDS = 16
 _TOGETHER = 64
 """Texts whose topics are multiplied together."""
 
@@ -103,7 +103,7 @@ class Topics:
         return cls(root / np.sqrt((covariance**2).sum()))
 
     def tilts(self, vocabulary: Vocabulary, normals: NDArray[np.float64]) -> NDArray[np.float32]:
-        """<e, z> of every token, of variance about 1, for topics from standard normal numbers (topics, width): (topics, tokens)."""
+        """<e, z> of every token, of variance about 1, (topics, tokens), for standard normal numbers (topics, width)."""
         topics = (normals @ self.root.T).astype(np.float32)
         return np.asarray(topics @ vocabulary.embeddings.T, np.float32)
 

@@ -27,16 +27,17 @@ _TITLE_WORDS = 24
 
 
 def crop(passage: str, count: int, *, words: tuple[int, int], seed: int) -> list[str]:
-    """Spans of `words[0]` to `words[1]` words, uniform in length and place.
+    """Spans of `words[0]` to `words[1]` words, uniform in length and place; shorter than the passage where that is possible.
 
     >>> crop("one two three four", 2, words=(4, 4), seed=0)
     ['one two three four', 'one two three four']
     """
     tokens = passage.split()
     random = np.random.default_rng([mark(passage, seed), seed])
+    longest = max(words[0], min(words[1], len(tokens) - 1))
     spans = []
     for _ in range(count):
-        length = min(int(random.integers(words[0], words[1] + 1)), len(tokens))
+        length = min(int(random.integers(words[0], longest + 1)), len(tokens))
         start = int(random.integers(0, len(tokens) - length + 1))
         spans.append(" ".join(tokens[start : start + length]))
     return spans
