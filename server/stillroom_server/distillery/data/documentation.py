@@ -81,7 +81,8 @@ def headed(text: str) -> Iterator[tuple[str, str]]:
     >>> list(headed("Zoo\\n===\\nAll animals.\\n\\n## Tapirs\\nThey eat."))
     [('Zoo', 'All animals.\\n'), ('Tapirs', 'They eat.')]
     """
-    title, body, lines = "", [], text.split("\n")
+    title, lines = "", text.split("\n")
+    body: list[str] = []
     fenced = False
     for line, following in pairwise([*lines, ""]):
         fence = line.lstrip().startswith(("```", "~~~"))
@@ -103,7 +104,7 @@ def _read(package: str, path: Path | None) -> Iterator[tuple[str, str]]:
     if path is None:
         names = importlib.metadata.packages_distributions().get(package, ()) if package != STANDARD_LIBRARY else ()
         for name in names:
-            yield from headed(str(importlib.metadata.metadata(name).get_payload() or ""))
+            yield from headed(_description(name))
         return
     if path.suffix != ".py" and _NOT_PROSE.search(path.name):
         return
@@ -115,6 +116,12 @@ def _read(package: str, path: Path | None) -> Iterator[tuple[str, str]]:
         yield from (("", literal) for literal in _literals(text))
     else:
         yield from headed(text)
+
+
+def _description(distribution: str) -> str:
+    """What stands below the headers of METADATA: the long description."""
+    text = importlib.metadata.distribution(distribution).read_text("METADATA") or ""
+    return text.partition("\n\n")[2]
 
 
 def _literals(source: str) -> Iterator[str]:

@@ -25,7 +25,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -94,6 +94,7 @@ class _Preparation:
     out: Path
     teacher: Teacher | None
     progress: Progress
+    finders: dict[str, Finder] = field(default_factory=dict)
 
     @cached_property
     def key(self) -> str:
@@ -192,9 +193,15 @@ class _Preparation:
         return judged.keep(back)
 
     def _finder(self, made: Lessons) -> Finder:
-        if isinstance(self.teacher, Embedder):
-            return Dense.prepare(self.teacher, made, self._work / "vectors", self._step(2, 0, 1))
-        return Lexical(made, self._work / "words", progress=self._step(2, 0, 1))
+        """Search over the passages, prepared once for filter and negatives."""
+        if made.identity not in self.finders:
+            share = self._step(2, 0, 1)
+            self.finders[made.identity] = (
+                Dense.prepare(self.teacher, made, self._work / "vectors", share)
+                if isinstance(self.teacher, Embedder)
+                else Lexical(made, self._work / "words", progress=share)
+            )
+        return self.finders[made.identity]
 
     def _written(self, made: Lessons | None, kept: Judged | None) -> Lessons:
         """The lessons at `out`: texts without the made queries that were dropped, lists with negatives, texts from nothing."""

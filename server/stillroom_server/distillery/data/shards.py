@@ -14,7 +14,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from stillroom_shared.errors import DataError
-from stillroom_shared.sealed import sync
+from stillroom_shared.files import sync
 
 
 def key_of(*parts: object) -> str:
