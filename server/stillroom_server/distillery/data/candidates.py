@@ -85,6 +85,11 @@ class Judged:
         """A hash of which passages are relevant to which queries."""
         return hashlib.sha256(b"".join(map(np.ndarray.tobytes, (self.queries, self.starts, self.passages)))).hexdigest()
 
+    def source(self, query: int, passage: int) -> int:
+        """The number of the source of a judgement."""
+        number = int(np.searchsorted(self.queries, query))
+        return int(self.sources[self.starts[number] + np.searchsorted(self.relevant(number), passage)])
+
     def relevant(self, number: int) -> NDArray[np.int64]:
         """Rows of the relevant passages of the query at that position."""
         return self.passages[self.starts[number] : self.starts[number + 1]]

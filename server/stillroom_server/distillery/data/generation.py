@@ -81,7 +81,8 @@ class Generator:
                 f"data.synthetic.model {settings.model!r} cannot be loaded as {kind.__name__} ({error}): give a folder, a "
                 "name with network access, or the other maker of seq2seq and llm"
             ) from error
-        return cls(model.eval(), tokenizer, settings, seed)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        return cls(model.eval().to(device), tokenizer, settings, seed)
 
     def __post_init__(self) -> None:
         if self.tokenizer.pad_token_id is None:
@@ -98,7 +99,9 @@ class Generator:
         """A hash of the weights, the vocabulary, and of what the settings say about generation."""
         digest = hashlib.sha256(repr(sorted(self.tokenizer.get_vocab().items())).encode())
         for name, value in sorted(self.model.state_dict().items()):
-            digest.update(name.encode() + value.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+            digest.update(
+                name.encode() + value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+            )
         ignored = {"batch_size", "makers", "passages", "model"}
         return f"{digest.hexdigest()[:24]} {self.settings.model_dump_json(exclude=ignored)} {self.seed}"
 

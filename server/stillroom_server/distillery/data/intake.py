@@ -35,7 +35,7 @@ class Intake:
         self._excluded = excluded
         self._source = writer.source(name)
         self._characters = characters
-        self._pairs: set[tuple[int, int]] = set()
+        self._pairs: set[int] = set()
 
     def query(self, text: str) -> int | None:
         """The row of a query, or None when it stays outside."""
@@ -49,8 +49,8 @@ class Intake:
         """A judgement by rows."""
         if query is None or passage is None:
             self.counts["judgements_left_out"] += 1
-        elif (query, passage) not in self._pairs:
-            self._pairs.add((query, passage))
+        elif (pair := query << 40 | passage) not in self._pairs:
+            self._pairs.add(pair)
             self._writer.list(query, [passage], [max(-1, min(grade, 127))], self._source)
 
     def _text(self, text: str, role: Role) -> int | None:

@@ -223,7 +223,6 @@ class _Preparation:
     def _lists(self, made: Lessons, kept: Judged, counts: Counter[str]) -> Iterator[tuple[Mined, int]]:
         """Lists by rows of `made`, and the number of the source of each."""
         settings = self.settings.negatives
-        places = {pair: number for number, pair in enumerate(pairs_of(kept))} if settings.count else {}
         if not settings.count:
             for number, (query, passage) in enumerate(pairs_of(kept)):
                 yield Mined(query, [passage], [int(kept.grades[number])]), int(kept.sources[number])
@@ -233,7 +232,7 @@ class _Preparation:
                 seed=self.settings.seed, counts=counts, progress=self._step(4, 0, 1),
             )  # fmt: skip
             for one in found:
-                yield one, int(kept.sources[places[one.query, one.passages[0]]])
+                yield one, kept.source(one.query, one.passages[0])
 
     def _draw(self, writer: LessonsWriter) -> None:
         settings = self.settings.datafree

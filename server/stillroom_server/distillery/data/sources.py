@@ -72,7 +72,7 @@ def content_key(settings: SourceSettings) -> str:
     digest = hashlib.sha256(settings.model_dump_json().encode())
     if settings.kind in ("docstrings", "documentation"):
         digest.update(repr(_versions(settings.packages)).encode())
-    elif (folder := Path(settings.data)).exists():
+    elif (folder := Path(settings.data).expanduser()).exists():
         for path in sorted(folder.rglob("*")) if folder.is_dir() else [folder]:
             digest.update(f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}\n".encode())
     return digest.hexdigest()[:16]
