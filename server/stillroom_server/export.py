@@ -1,4 +1,4 @@
-"""From a torch tower to ONNX: float32 by `torch.onnx`, int8 by ONNX Runtime's dynamic quantization.
+"""From a torch tower to ONNX: float32 by `bert_graph.py`, int8 by ONNX Runtime's dynamic quantization.
 
 Inputs `input_ids`, `attention_mask`, `token_type_ids` (batch, tokens) int64; output `last_hidden_state` (batch,
 tokens, dim) float32: what Sentence Transformers' ONNX backend feeds and reads. Pooling and normalization stay
@@ -13,7 +13,6 @@ Both functions are deterministic: the same tower gives the same bytes, so a towe
 
 from __future__ import annotations
 
-import copy
 import logging
 import re
 import warnings
@@ -23,22 +22,20 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import torch
-from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 from onnxruntime.quantization import QuantType, quantize_dynamic
 from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
-from torch import Tensor, nn
 from transformers import BertModel
 
+from stillroom_server.bert_graph import FROZEN, INPUTS, Graph, hidden_states
 from stillroom_shared.adapter import Adapter
-from stillroom_shared.lowrank import attach
+from stillroom_shared.errors import ReleaseError
 from stillroom_shared.release import ADAPTER_INPUT
 
-INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 OUTPUT = "last_hidden_state"
-_OPSET = 18
-_FROZEN = "frozen."  # prefix of the names of the constants A
+_TOLERANCE = 1e-4
 _LAST_BIAS = re.compile(r"layer\.\d+\.output\.dense\.bias$")
 # Accuracy level 4 means integer products: activations are quantized as well, in the same blocks.
 _BLOCKS = {"bits": 8, "block_size": 32, "is_symmetric": True, "accuracy_level": 4}
@@ -49,29 +46,15 @@ def export(tower: BertModel, path: Path, adapter: Adapter | None = None) -> None
 
     Args:
         adapter: None writes a tower that takes no adapter; to start from nothing, pass the zero adapter.
+
+    Raises:
+        ReleaseError: the tower is no plain BERT encoder, the adapter does not fit it, or ONNX Runtime computes other
+            vectors from the file than torch from the tower.
     """
-    model = copy.deepcopy(tower)
-    model.train(False)
-    model.set_attn_implementation("eager")
-    matrices = _attach(model, adapter)
-    batch, tokens = torch.export.Dim("batch"), torch.export.Dim("tokens", max=model.config.max_position_embeddings)
-    # Any values of rank 2 would do, but sizes 0 and 1 would be taken for constants, and one tensor given three times
-    # would be traced as one input: the tower would look up token types as tokens.
-    ids = [torch.ones(2, 3, dtype=torch.int64) for _ in INPUTS]
-    with quiet():
-        program = torch.onnx.export(
-            _Traced(model, adapter.spec.names if adapter else ()).eval(),
-            (*ids, [torch.from_numpy(value) for value in matrices.values()]),
-            input_names=[*INPUTS, *matrices],
-            output_names=[OUTPUT],
-            opset_version=_OPSET,
-            dynamic_shapes=(*[{0: batch, 1: tokens}] * len(INPUTS), [{}] * len(matrices)),
-            dynamo=True,
-            external_data=False,
-            verbose=False,
-        )
-    assert program is not None
-    onnx.save(_with_defaults(program.model_proto, matrices), path)
+    graph = Graph()
+    states = hidden_states(graph, tower, out=OUTPUT, adapter=adapter)
+    onnx.save(graph.model(states, ("batch", "tokens", tower.config.hidden_size)), path)
+    _compare(tower, path, adapter)
 
 
 def quantize(source: Path, target: Path, *, blockwise: bool) -> None:
@@ -101,48 +84,38 @@ def quantize(source: Path, target: Path, *, blockwise: bool) -> None:
             reduce_range=True,
             op_types_to_quantize=["MatMul"],
             nodes_to_exclude=_adapter_products(model.graph),
+            # What follows an operator of com.microsoft has a type that onnx cannot infer.
+            extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},
         )
     onnx.save(_with_int8_embeddings(onnx.load(target)), target)
 
 
-class _Traced(nn.Module):
-    """The tower as a function of its inputs and of every `A` and `B`, so that these keep their names in the graph."""
-
-    def __init__(self, tower: BertModel, names: tuple[str, ...]) -> None:
-        super().__init__()
-        self.tower = tower
-        places = (name.rpartition(".") for name in names)
-        self.paths = tuple(f"encoder.{layer}.attention.self.{target}" for layer, _, target in places)
-
-    def forward(self, ids: Tensor, mask: Tensor, types: Tensor, matrices: list[Tensor]) -> Tensor:
-        frozen, trained = matrices[: len(self.paths)], matrices[len(self.paths) :]
-        values = {f"{path}.A": a.T for path, a in zip(self.paths, frozen, strict=True)}
-        values |= {f"{path}.B": b for path, b in zip(self.paths, trained, strict=True)}
-        # An additive mask skips the mask construction of transformers, which traces into a dozen needless nodes.
-        hidden = (1.0 - mask.float())[:, None, None, :] * torch.finfo(torch.float32).min  # (batch, 1, 1, tokens)
-        arguments = {"input_ids": ids, "attention_mask": hidden, "token_type_ids": types}
-        output: Tensor = torch.func.functional_call(self.tower, values, (), arguments)[0]
-        return output
-
-
-def _attach(model: BertModel, adapter: Adapter | None) -> dict[str, NDArray[np.float32]]:
-    """Attach the adapter's branches; return `Aᵀ` of each, then `B` of each, by their names in the graph."""
-    if adapter is None:
-        return {}
-    attach(model, adapter.spec)
-    # A is stored transposed, so that the product needs no transposition at run time.
-    frozen = {_FROZEN + name: np.ascontiguousarray(a.T) for name, a in adapter.spec.frozen().items()}
-    return frozen | {ADAPTER_INPUT + name: b for name, b in adapter.matrices().items()}
-
-
-def _with_defaults(model: onnx.ModelProto, matrices: dict[str, NDArray[np.float32]]) -> onnx.ModelProto:
-    """Turn the traced inputs `A` into constants and `B` into initializers that are inputs as well."""
-    graph = model.graph
-    for name, value in matrices.items():
-        graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(value), name))
-    for entry in [entry for entry in graph.input if entry.name.startswith(_FROZEN)]:
-        graph.input.remove(entry)
-    return bare(model)
+def _compare(tower: BertModel, path: Path, adapter: Adapter | None) -> None:
+    """Two texts of different lengths, through the file without its adapter and through the tower."""
+    tokens = min(7, tower.config.max_position_embeddings)
+    ids = np.arange(2 * tokens, dtype=np.int64).reshape(2, tokens) % tower.config.vocab_size
+    mask = np.ones_like(ids)
+    mask[1, tokens // 2 + 1 :] = 0
+    feed = dict(zip(INPUTS, (ids, mask, np.zeros_like(ids)), strict=True))
+    plain = {} if adapter is None else Adapter.zero(adapter.spec).matrices()
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # that `B` may be overridden is said at every start
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    found = session.run([OUTPUT], {**feed, **{ADAPTER_INPUT + name: matrix for name, matrix in plain.items()}})[0]
+    training, device = tower.training, tower.device
+    tower.train(False)
+    try:
+        with torch.inference_mode():
+            inputs = {name: torch.from_numpy(value).to(device) for name, value in feed.items()}
+            states = tower(**inputs).last_hidden_state.cpu().numpy()
+    finally:
+        tower.train(training)
+    error = np.abs((found - states)[mask == 1]).max() / np.abs(states).max()
+    if not error <= _TOLERANCE:
+        raise ReleaseError(
+            f"the exported tower is off by {error:.2g} of the largest value: it is no BERT as this version knows it; "
+            "export it with stillroom_server.distillery.compress.models.export_model"
+        )
 
 
 def bare(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -158,7 +131,7 @@ def bare(model: onnx.ModelProto) -> onnx.ModelProto:
 
 def _adapter_products(graph: onnx.GraphProto) -> list[str]:
     """Names of the products with `A` (the products with `B` have no constant operand, so they are never quantized)."""
-    return [node.name for node in graph.node if any(name.startswith(_FROZEN) for name in node.input)]
+    return [node.name for node in graph.node if any(name.startswith(FROZEN) for name in node.input)]
 
 
 def _last_products(graph: onnx.GraphProto) -> set[str]:

@@ -25,10 +25,11 @@ import torch
 from numpy.typing import NDArray
 from sentence_transformers import CrossEncoder
 from tokenizers import Tokenizer
-from torch import Tensor, nn
+from torch import nn
 from transformers import BertForSequenceClassification, PreTrainedTokenizerFast
 
-from stillroom_server.export import INPUTS, bare, quantize, quiet
+from stillroom_server.bert_graph import Graph, hidden_states
+from stillroom_server.export import quantize
 from stillroom_server.publish import write_tokenizer
 from stillroom_shared.errors import ReleaseError
 from stillroom_shared.release import (
@@ -44,7 +45,6 @@ from stillroom_shared.sealed import MANIFEST_NAME, new_folder
 from stillroom_shared.signing import SigningKey
 
 OUTPUT = "logits"
-_OPSET = 18
 _FLOAT_TOLERANCE = 1e-3
 _PROBES = (
     ("what do tapirs eat", "The tapir eats leaves, fruit and berries."),
@@ -148,45 +148,14 @@ def _parts(encoder: CrossEncoder) -> tuple[BertForSequenceClassification, PreTra
     return own, tokenizer
 
 
-class _Traced(nn.Module):
-    """The model as a function of its three inputs.
-
-    The additive mask traces into fewer nodes; the last two layers, given a sequence of one token, become products of the kind
-    that the quantizer knows.
-    """
-
-    def __init__(self, scorer: BertForSequenceClassification) -> None:
-        super().__init__()
-        assert scorer.bert.pooler is not None
-        self.tower, self.pooled, self.score = scorer.bert, scorer.bert.pooler.dense, scorer.classifier
-        self.tower.pooler = None
-
-    def forward(self, ids: Tensor, mask: Tensor, types: Tensor) -> Tensor:
-        hidden = (1.0 - mask.float())[:, None, None, :] * torch.finfo(torch.float32).min  # (batch, 1, 1, tokens)
-        states = self.tower(input_ids=ids, attention_mask=hidden, token_type_ids=types)[0]  # (batch, tokens, dim)
-        output: Tensor = self.score(torch.tanh(self.pooled(states[:, :1])))[:, 0]  # (batch, 1)
-        return output
-
-
 def _export(scorer: BertForSequenceClassification, path: Path) -> None:
-    model = copy.deepcopy(scorer)
-    model.set_attn_implementation("eager")
-    batch, length = torch.export.Dim("batch"), torch.export.Dim("tokens", max=model.config.max_position_embeddings)
-    ids = [torch.ones(2, 3, dtype=torch.int64) for _ in INPUTS]  # `export.export` says why three, and of this size
-    with quiet():
-        program = torch.onnx.export(
-            _Traced(model).eval(),
-            tuple(ids),
-            input_names=list(INPUTS),
-            output_names=[OUTPUT],
-            opset_version=_OPSET,
-            dynamic_shapes=tuple({0: batch, 1: length} for _ in INPUTS),
-            dynamo=True,
-            external_data=False,
-            verbose=False,
-        )
-    assert program is not None
-    onnx.save(bare(program.model_proto), path)
+    tower = scorer.bert
+    assert tower.pooler is not None
+    graph = Graph()
+    states = hidden_states(graph, tower, out="last_hidden_state")
+    first = graph.add("Gather", states, graph.constant("first", 0), out="first_state", axis=1)  # (batch, dim)
+    pooled = graph.add("Tanh", graph.linear(first, tower.pooler.dense, "pooler.dense"), out="pooled")
+    onnx.save(graph.model(graph.linear(pooled, scorer.classifier, OUTPUT), ("batch", 1)), path)
 
 
 def _compared(

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from transformers import BertModel
+from transformers import BertConfig, BertModel
 
 from stillroom_shared.adapter import Adapter, AdapterSpec
 from stillroom_shared.errors import ReleaseError
@@ -77,12 +77,7 @@ def attach(model: BertModel, spec: AdapterSpec, clients: int | None = None) -> d
     Raises:
         ReleaseError: the tower has another width, lacks a layer, or has an adapter attached already.
     """
-    config = model.config
-    if spec.dim != config.hidden_size or spec.layers[-1] >= config.num_hidden_layers:
-        raise ReleaseError(
-            f"adapter spec {spec} does not fit a tower of {config.num_hidden_layers} layers "
-            f"and width {config.hidden_size}: choose its layers and dim"
-        )
+    check_fit(model.config, spec)
     if attached(model):
         raise ReleaseError("an adapter is attached to this tower already: merge it, or start from the plain tower")
     model.requires_grad_(False)
@@ -97,6 +92,15 @@ def attach(model: BertModel, spec: AdapterSpec, clients: int | None = None) -> d
             wrapped[name] = LowRankLinear(base, torch.from_numpy(frozen[name]), clients=clients).to(base.weight.device)
             setattr(attention, target, wrapped[name])
     return wrapped
+
+
+def check_fit(config: BertConfig, spec: AdapterSpec) -> None:
+    """Raise `ReleaseError` unless a tower of this configuration can take adapters of this spec."""
+    if spec.dim != config.hidden_size or spec.layers[-1] >= config.num_hidden_layers:
+        raise ReleaseError(
+            f"adapter spec {spec} does not fit a tower of {config.num_hidden_layers} layers "
+            f"and width {config.hidden_size}: choose its layers and dim"
+        )
 
 
 def attached(model: BertModel) -> dict[str, LowRankLinear]:
