@@ -5,6 +5,7 @@ Only typer is imported here; what a command needs is imported when it runs (`sti
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -17,11 +18,11 @@ def register(app: typer.Typer) -> None:
     """Add the commands of the server room."""
     group = typer.Typer(name="release", help="Verify and show releases.", no_args_is_help=True)
     group.command()(verify)
-    # A second command keeps the name of the first: typer drops the name of a group's only command.
-    group.callback()(lambda: None)
+    group.command()(operators)
     app.add_typer(group)
     planning = typer.Typer(name="plan", help="Reckon before anything is run.", no_args_is_help=True)
     planning.command()(tuning)
+    # Typer drops the name of a group's only command, unless the group has a callback.
     planning.callback()(lambda: None)
     app.add_typer(planning)
     distillery.register(app)
@@ -37,6 +38,29 @@ def verify(
     release = open_release(folder, trusted_key=key)
     typer.echo(release.manifest.model_dump_json(indent=2, exclude={"files"}))
     typer.echo("every file and the signature hold")
+
+
+class Target(StrEnum):
+    """Where a tower may go on from a release."""
+
+    onnxruntime = "onnxruntime"
+    tensorrt = "tensorrt"
+    coreml = "coreml"
+    executorch = "executorch"
+
+
+def operators(
+    folder: Annotated[Path, typer.Argument(help="Folder of a release or a model, or an ONNX file.")],
+    target: Annotated[Target, typer.Option(help="Where it shall run.")] = Target.onnxruntime,
+) -> None:
+    """Check that a target has every operator of the exported towers; exit status 1 when one is missing."""
+    from stillroom_server.distillery.compress.targets import SOURCES, check_operators, graphs
+
+    found = [check_operators(path, target.value) for path in graphs(folder, target.value)]
+    typer.echo("\n".join(one.text() for one in found))
+    typer.echo(f"compared with {SOURCES[target.value]}")
+    if any(one.missing for one in found):
+        raise typer.Exit(1)
 
 
 def tuning(

@@ -83,11 +83,11 @@ def quantize(source: Path, target: Path, *, blockwise: bool) -> None:
             per_channel=True,
             reduce_range=True,
             op_types_to_quantize=["MatMul"],
-            nodes_to_exclude=_adapter_products(model.graph),
+            nodes_to_quantize=weighted_products(model.graph),
             # What follows an operator of com.microsoft has a type that onnx cannot infer.
             extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},
         )
-    onnx.save(_with_int8_embeddings(onnx.load(target)), target)
+    onnx.save(with_int8_embeddings(onnx.load(target)), target)
 
 
 def _compare(tower: BertModel, path: Path, adapter: Adapter | None) -> None:
@@ -129,9 +129,13 @@ def bare(model: onnx.ModelProto) -> onnx.ModelProto:
     return model
 
 
-def _adapter_products(graph: onnx.GraphProto) -> list[str]:
-    """Names of the products with `A` (the products with `B` have no constant operand, so they are never quantized)."""
-    return [node.name for node in graph.node if any(name.startswith(FROZEN) for name in node.input)]
+def weighted_products(graph: onnx.GraphProto) -> list[str]:
+    """Names of the products with a weight: not those within attention, and none of an adapter.
+
+    `A` is a constant as well, and stays as it is; `B` is turned first, so that no product has it as an initializer.
+    """
+    weights = {tensor.name for tensor in graph.initializer if not tensor.name.startswith(FROZEN)}
+    return [node.name for node in graph.node if node.op_type == "MatMul" and node.input[1] in weights]
 
 
 def _last_products(graph: onnx.GraphProto) -> set[str]:
@@ -145,7 +149,7 @@ def _last_products(graph: onnx.GraphProto) -> set[str]:
     return {node.name for node in graph.node if node.op_type == "MatMul" and node.output[0] in biased}
 
 
-def _with_int8_embeddings(model: onnx.ModelProto) -> onnx.ModelProto:
+def with_int8_embeddings(model: onnx.ModelProto) -> onnx.ModelProto:
     """Store token embeddings as int8 rows with a scale each: looked up as they are, then scaled."""
     graph = model.graph
     tables = {t.name: t for t in graph.initializer if t.name.endswith("word_embeddings.weight")}
