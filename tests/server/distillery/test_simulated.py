@@ -56,7 +56,7 @@ def test_a_padded_batch_computes_what_the_file_computes_one_by_one(
 ) -> None:
     """A scheme that is only like the file's trains a tower against roundings that no device makes.
 
-    Float32 is some 0.99 away on these towers, so 0.9999 means the same roundings; a range that saw padding or neighbours fails too.
+    Float32 is some 0.99 away on these towers, so 0.9999 means the same roundings; a range that saw padding fails too.
     """
     adapter = tiny_adapter if adapted else Adapter.zero(TINY_SPEC)
     export(tower, tmp_path / "tower.onnx", adapter)

@@ -14,8 +14,7 @@ Releases take the first for queries and the second for passages: nothing to cali
 third is for accelerators that take nothing else, the fourth for a smaller file.
 
 A static range was seen with one adapter and on some texts; what lies outside is clipped (Jacob et al. 2018, arXiv 1712.05877,
-section 3.1). ONNX Runtime gains little from it on a CPU: finding a range takes less than a tenth of a query. docs/export.md
-has figures of all of them.
+section 3.1). On a processor it gains nothing: docs/export.md has figures of all of them.
 """
 
 from __future__ import annotations
