@@ -20,6 +20,7 @@ as well, which may be overridden at run time (ONNX IR).
 | tower | result |
 |---|---|
 | layers with different numbers of heads, or widths of the feed-forward part (pruned) | as they are |
+| an output of another width (`distillery.students.shaped`) | projected, token by token |
 | an activation that is not in `ACTIVATIONS`, a decoder | `ReleaseError` |
 | an adapter attached, or one that does not fit | `ReleaseError` |
 """
@@ -124,8 +125,16 @@ def hidden_states(graph: Graph, tower: BertModel, *, out: str, adapter: Adapter 
         narrow = graph.linear(wide, layer.output.dense, f"{name}.output.dense")
         summed = graph.add("Add", narrow, x, out=f"{name}.output.sum")
         x = graph.normalized(summed, layer.output.LayerNorm, f"{name}.output.LayerNorm")
-    shape = graph.add("Concat", size, graph.constant("width", [tower.config.hidden_size]), out="size.states", axis=0)
+    if isinstance(last := getattr(tower, "projection", None), nn.Linear):
+        x = graph.linear(x, last, "projection")
+    shape = graph.add("Concat", size, graph.constant("width", [output_width(tower)]), out="size.states", axis=0)
     return graph.add("Reshape", x, shape, out=out)
+
+
+def output_width(tower: BertModel) -> int:
+    """Length of the vectors that a tower gives: its width, or what it is projected to."""
+    last = getattr(tower, "projection", None)
+    return last.out_features if isinstance(last, nn.Linear) else int(tower.config.hidden_size)
 
 
 def _embedded(graph: Graph, tower: BertModel) -> str:

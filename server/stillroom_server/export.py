@@ -29,7 +29,7 @@ from onnxruntime.quantization import QuantType, quantize_dynamic
 from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 from transformers import BertModel
 
-from stillroom_server.bert_graph import FROZEN, INPUTS, Graph, hidden_states
+from stillroom_server.bert_graph import FROZEN, INPUTS, Graph, hidden_states, output_width
 from stillroom_shared.adapter import Adapter
 from stillroom_shared.errors import ReleaseError
 from stillroom_shared.release import ADAPTER_INPUT
@@ -53,7 +53,7 @@ def export(tower: BertModel, path: Path, adapter: Adapter | None = None) -> None
     """
     graph = Graph()
     states = hidden_states(graph, tower, out=OUTPUT, adapter=adapter)
-    onnx.save(graph.model(states, ("batch", "tokens", tower.config.hidden_size)), path)
+    onnx.save(graph.model(states, ("batch", "tokens", output_width(tower))), path)
     _compare(tower, path, adapter)
 
 

@@ -21,7 +21,7 @@ from stillroom_server.distillery.students.pruning import Kept, choose, prune_str
 from stillroom_server.distillery.students.settings import PruningSettings
 from stillroom_server.distillery.students.shaped import ShapedBertModel, is_plain
 from stillroom_server.distillery.students.size import size_of
-from stillroom_server.distillery.students.towers import Model, bert_of
+from stillroom_server.distillery.students.towers import Model, bert_of, layers_of
 from stillroom_server.publish import publish_release
 from stillroom_shared.adapter import AdapterSpec
 from stillroom_shared.errors import DataError, ReleaseError, SettingsError
@@ -41,7 +41,7 @@ ALL_NEURONS: Kept = (tuple(range(64)),) * 2
 def student(tiny_release: Release) -> SentenceTransformer:
     """The document tower with four heads in a layer, of 8 dimensions each."""
     model = SentenceTransformer(str(tiny_release.folder / "document"), device="cpu")
-    for layer in bert_of(model).encoder.layer:
+    for layer in layers_of(bert_of(model)):
         layer.attention.self.num_attention_heads, layer.attention.self.attention_head_size = 4, 8
         layer.attention.self.scaling = 8**-0.5
     bert_of(model).config.num_attention_heads = 4
@@ -59,14 +59,15 @@ def scorer(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedT
     folder = str(tmp_path_factory.mktemp("scorer"))
     BertForSequenceClassification(config).save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
-    return CrossEncoder(folder, device="cpu", local_files_only=True)
+    model: CrossEncoder = CrossEncoder(folder, device="cpu", local_files_only=True)
+    return model
 
 
 def masked(tower: BertModel, heads: Kept, neurons: Kept) -> BertModel:
     """The slow twin of `remove`: everything is computed, and what is not kept is multiplied by zero."""
     whole = copy.deepcopy(tower)
     with torch.no_grad():
-        for layer, own_heads, own_neurons in zip(whole.encoder.layer, heads, neurons, strict=True):
+        for layer, own_heads, own_neurons in zip(layers_of(whole), heads, neurons, strict=True):
             for head in set(range(4)) - set(own_heads):
                 layer.attention.output.dense.weight[:, 8 * head : 8 * head + 8] = 0
             for neuron in set(range(64)) - set(own_neurons):
@@ -104,9 +105,8 @@ def test_what_says_nothing_is_removed_without_a_trace(student: SentenceTransform
     """Guards against importance of the wrong head or neuron: those whose output is zero must go first, at no loss."""
     quiet = copy.deepcopy(student)
     with torch.no_grad():
-        for layer, head, neurons in zip(
-            bert_of(quiet).encoder.layer, (2, 0), (slice(3, 19), slice(40, 56)), strict=True
-        ):
+        silent = ((2, slice(3, 19)), (0, slice(40, 56)))
+        for layer, (head, neurons) in zip(layers_of(bert_of(quiet)), silent, strict=True):
             layer.attention.self.value.weight[8 * head : 8 * head + 8] = 0
             layer.attention.self.value.bias[8 * head : 8 * head + 8] = 0
             layer.intermediate.dense.weight[neurons] = 0
@@ -130,7 +130,7 @@ def test_importance_is_what_closing_a_gate_does(student: SentenceTransformer) ->
     twin = copy.deepcopy(student)
 
     def losses(layer: int, columns: slice, factor: float) -> torch.Tensor:
-        weight = bert_of(twin).encoder.layer[layer].attention.output.dense.weight
+        weight = layers_of(bert_of(twin))[layer].attention.output.dense.weight
         with torch.no_grad():
             before = weight[:, columns].clone()
             weight[:, columns] *= factor
@@ -153,7 +153,7 @@ def test_sensitivity_is_the_squared_move_of_the_output(student: SentenceTransfor
     exact = []
     twin, step = copy.deepcopy(student), 1e-2
     for layer in range(2):
-        weight = bert_of(twin).encoder.layer[layer].attention.output.dense.weight
+        weight = layers_of(bert_of(twin))[layer].attention.output.dense.weight
         for head in range(4):
             own = weight[:, 8 * head : 8 * head + 8]
             with torch.no_grad():
@@ -243,7 +243,7 @@ def test_pruning_in_steps_trains_after_each_and_hands_on_the_teacher(student: Se
         seen.append((size_of(pruned).feed_forward, teacher))
         done = copy.deepcopy(pruned)
         with torch.no_grad():
-            bert_of(done).encoder.layer[0].output.dense.weight += 1e-3  # what is pruned must be zero again afterwards
+            layers_of(bert_of(done))[0].output.dense.weight += 1e-3  # what is pruned must be zero again afterwards
         trained.append(done)
         return done
 
@@ -252,7 +252,7 @@ def test_pruning_in_steps_trains_after_each_and_hands_on_the_teacher(student: Se
     neurons = [bert_of(model).config.intermediate_size for model in trained]
     assert neurons == [32, 16] and done is trained[1]
     assert [teacher for _, teacher in seen] == ([student, student] if who == "original" else [student, trained[0]])
-    zeros = float((bert_of(done).encoder.layer[0].output.dense.weight == 0).float().mean())
+    zeros = float((layers_of(bert_of(done))[0].output.dense.weight == 0).float().mean())
     assert zeros > 0.1, "what was pruned is zero again"
     assert seen[1][0] < seen[0][0] < size_of(student).feed_forward
 

@@ -21,7 +21,7 @@ from stillroom_server.distillery.students.make import freeze_student, make_stude
 from stillroom_server.distillery.students.settings import StudentSettings
 from stillroom_server.distillery.students.size import size_of
 from stillroom_server.distillery.students.static import make_static, token_shares, token_vectors
-from stillroom_server.distillery.students.towers import Model, bert_of, leading_directions
+from stillroom_server.distillery.students.towers import Model, bert_of, first_of, leading_directions
 from stillroom_server.export import quantize
 from stillroom_shared.errors import ReleaseError, SettingsError
 from stillroom_shared.release import Release
@@ -59,7 +59,8 @@ def scorer(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedT
     folder = str(tmp_path_factory.mktemp("scorer"))
     BertForSequenceClassification(config).save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
-    return CrossEncoder(folder, device="cpu", local_files_only=True)
+    model: CrossEncoder = CrossEncoder(folder, device="cpu", local_files_only=True)
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +76,8 @@ def said(student: Model, texts: list[str] = TEXTS) -> NDArray[np.float32]:
     if isinstance(student, CrossEncoder):
         return np.asarray(student.predict(PAIRS, show_progress_bar=False))
     if isinstance(student, MultiVectorEncoder):
-        return np.concatenate([*student.encode_query(texts, convert_to_numpy=True)])
+        return np.concatenate(list(student.encode_query(texts, convert_to_numpy=True)))
+    assert isinstance(student, SentenceTransformer)
     return np.asarray(student.encode(texts, show_progress_bar=False))
 
 
@@ -222,7 +224,8 @@ def test_what_cannot_be_folded_is_refused(made: dict[str, Model], teacher: Sente
     bent[2].activation_function = torch.nn.Tanh()
     with pytest.raises(ReleaseError, match="Dense"):
         folded(bent)
-    bent[1].pooling_mode = "cls"
+    pooling: Any = bent[1]
+    pooling.pooling_mode = "cls"
     with pytest.raises(ReleaseError, match="pools by cls"):
         folded(bent)
 
@@ -232,7 +235,7 @@ def test_late_interaction_narrows_a_projection_that_was_learned(teacher: Sentenc
     wide = make_student(StudentSettings(kind="late-interaction", layers=(0, 1), token_dimension=12), teacher)
     assert isinstance(wide, MultiVectorEncoder)
     with torch.no_grad():  # as if learned: of rank 4
-        wide[1].linear.weight[4:] = 0
+        wide.get_parameter("1.linear.weight")[4:] = 0
     narrow = make_student(StudentSettings(kind="late-interaction", layers=(0, 1), token_dimension=4), wide)
     assert isinstance(narrow, MultiVectorEncoder) and sum(isinstance(module, Dense) for module in narrow) == 1
     scores = [model.similarity(model.encode_query(TEXTS), model.encode_document(TEXTS)) for model in (wide, narrow)]
@@ -243,10 +246,10 @@ def test_a_reranker_keeps_its_teachers_head_or_begins_on_a_bi_encoder(
     made: dict[str, Model], scorer: CrossEncoder, teacher: SentenceTransformer
 ) -> None:
     """Guards against a head that is made anew when it was there, and dropout that is left on before it."""
-    kept = made["reranker"][0].auto_model
+    kept = first_of(made["reranker"]).auto_model
     assert isinstance(kept, BertForSequenceClassification)
-    assert torch.equal(kept.classifier.weight, scorer[0].auto_model.classifier.weight)
-    assert kept.config.num_hidden_layers == 1 and scorer[0].auto_model.config.num_hidden_layers == 2
+    assert torch.equal(kept.classifier.weight, first_of(scorer).auto_model.classifier.weight)
+    assert kept.config.num_hidden_layers == 1 and first_of(scorer).auto_model.config.num_hidden_layers == 2
     fresh = make_student(StudentSettings(kind="reranker", layers=(1,), tokens=20), teacher)
     assert isinstance(fresh, CrossEncoder) and fresh.max_seq_length == 20
     ours = bert_of(fresh).encoder.layer[0].state_dict()
@@ -264,7 +267,7 @@ def test_sizes_are_counted_part_by_part(made: dict[str, Model]) -> None:
     tower = size_of(made["layers"], 10)
     # Four products of 32 x 32 and two of 32 x 64 for each token, and two products of its weights with all tokens.
     assert tower.operations == 10 * 2 * (4 * 32 * 32 + 2 * 32 * 64) + 2 * 2 * 10 * 10 * 32
-    assert made["static"].get_embedding_dimension() == 32 and size_of(made["static"], 10).operations == 320
+    assert first_of(made["static"]).get_embedding_dimension() == 32 and size_of(made["static"], 10).operations == 320
     assert '"parameters": ' in tower.to_json()
 
 

@@ -13,7 +13,7 @@ from transformers import BertTokenizer
 
 from stillroom_server.distillery.students.make import make_student
 from stillroom_server.distillery.students.settings import StudentSettings
-from stillroom_server.distillery.students.towers import bert_of
+from stillroom_server.distillery.students.towers import bert_of, first_of
 from stillroom_server.distillery.students.vocabulary import Trimmed, trim_vocabulary
 from stillroom_server.publish import write_tokenizer
 from stillroom_shared.errors import DataError, SettingsError
@@ -30,7 +30,7 @@ def model(tiny_release: Release) -> SentenceTransformer:
     words = sorted(model.tokenizer.vocab, key=lambda word: -model.tokenizer.vocab[word])
     turned = BertTokenizer(vocab={word: number for number, word in enumerate(words)}, do_lower_case=True)
     turned.model_max_length = model.max_seq_length
-    model[0].processor = turned
+    first_of(model).processor = turned
     bert_of(model).config.pad_token_id = turned.pad_token_id
     return model
 
@@ -46,7 +46,7 @@ def test_covered_texts_have_equal_vectors_and_others_are_split_further(
     """Guards against rows of the wrong token, special tokens with an old id, and words that become [UNK]."""
     student = trimmed.student
     for text in SEEN:  # equal to the bit where kernels begin; how those sum may depend on where memory lies
-        rows = [one[0].auto_model.embeddings(one.preprocess([text])["input_ids"]) for one in (student, model)]
+        rows = [bert_of(one).embeddings(one.preprocess([text])["input_ids"]) for one in (student, model)]
         assert torch.equal(*rows), text
         np.testing.assert_allclose(student.encode(text), model.encode(text), atol=1e-6)
     old, new = model.tokenizer, student.tokenizer
@@ -113,10 +113,11 @@ def test_static_students_and_rerankers_are_trimmed_alike(model: SentenceTransfor
         backend.token_to_id(t) for t in model.tokenizer.all_special_tokens
     }
     np.testing.assert_allclose(smaller.student.encode(SEEN), static.encode(SEEN), atol=1e-6)
-    assert smaller.student[0].embedding.weight.shape == (len(smaller.kept), 8)
-    assert smaller.bytes_saved == 4 * 8 * (static[0].num_embeddings - len(smaller.kept))
+    assert first_of(smaller.student).embedding.weight.shape == (len(smaller.kept), 8)
+    assert smaller.bytes_saved == 4 * 8 * (first_of(static).num_embeddings - len(smaller.kept))
     long = " ".join(["tapir"] * 29)
-    np.testing.assert_allclose(*smaller.student.encode([long + " tapir", long + " tapir a"]), atol=1e-6)
+    one, two = np.asarray(smaller.student.encode([long + " tapir", long + " tapir a"]))
+    np.testing.assert_allclose(one, two, atol=1e-6)
     scorer = make_student(StudentSettings(kind="reranker", layers=(0,), tokens=24), model)
     assert isinstance(scorer, CrossEncoder)
     small = trim_vocabulary(scorer, SEEN).student

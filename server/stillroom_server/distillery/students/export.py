@@ -24,9 +24,10 @@ from sentence_transformers.sentence_transformer.modules import Pooling, StaticEm
 from torch import Tensor, nn
 from transformers import BertModel
 
+from stillroom_server.bert_graph import INPUTS
 from stillroom_server.distillery.students.shaped import ShapedBertConfig, ShapedBertModel
 from stillroom_server.distillery.students.towers import bert_of
-from stillroom_server.export import INPUTS, OUTPUT, bare, export, quiet
+from stillroom_server.export import OUTPUT, bare, export, quiet
 from stillroom_shared.errors import ReleaseError
 
 _OPSET = 18
@@ -79,7 +80,8 @@ class _Table(nn.Module):
 
     def __init__(self, weight: Tensor, linear: nn.Linear | None) -> None:
         super().__init__()
-        self.word_embeddings = nn.Embedding.from_pretrained(weight.detach())  # the name that the quantizer looks for
+        # The name is what the quantizer looks for.
+        self.word_embeddings = nn.Embedding(weight.shape[0], weight.shape[1], _weight=weight.detach())
         self.linear = linear
 
     def forward(self, ids: Tensor, mask: Tensor, types: Tensor) -> Tensor:

@@ -38,8 +38,8 @@ def prune_magnitude(student: AnyModel, fraction: float) -> AnyModel:
     if amount:
         prune.global_unstructured([(p, "weight") for p in products], prune.L1Unstructured, amount=amount)
         for product in products:
-            learns = product.weight_orig.requires_grad
-            prune.remove(product, "weight")
+            learns = product.get_parameter("weight_orig").requires_grad
+            prune.remove(product, "weight")  # type: ignore[no-untyped-call]  # of torch
             product.weight.requires_grad_(learns)
     return sparse
 
@@ -68,7 +68,8 @@ def held(student: Model, masks: Masks) -> Iterator[None]:
     hooks = []
     for name, product in _products(student).items():
         if product.weight.requires_grad:
-            hooks.append(product.weight.register_hook(_masking(masks[name])))
+            hook = product.weight.register_hook(_masking(masks[name]))  # type: ignore[no-untyped-call]  # of torch
+            hooks.append(hook)
     try:
         yield
     finally:

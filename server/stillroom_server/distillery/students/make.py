@@ -34,6 +34,7 @@ from stillroom_server.distillery.students.towers import (
     Model,
     bert_of,
     drop_layers,
+    first_of,
     freeze,
     from_scratch,
     leading_directions,
@@ -87,7 +88,7 @@ def _bert(settings: StudentSettings, teacher: BertModel) -> BertModel:
 def _tower(settings: StudentSettings, teacher: SentenceTransformer) -> SentenceTransformer:
     tower = _bert(settings, bert_of(teacher))
     width, wide = tower.config.hidden_size, bert_of(teacher).config.hidden_size
-    space = teacher.get_embedding_dimension()
+    space = teacher.get_embedding_dimension() or wide
     dimension = settings.dimension or space
     if width == wide and dimension == space:
         student = with_tower(teacher, tower)
@@ -106,7 +107,7 @@ def _late_interaction(settings: StudentSettings, teacher: Model) -> MultiVectorE
     if isinstance(teacher, CrossEncoder):
         raise SettingsError("a late-interaction student begins from a bi-encoder or a late-interaction model")
     tower = _bert(settings, bert_of(teacher))
-    first = copy.deepcopy(teacher[0], {id(bert_of(teacher)): tower})
+    first = copy.deepcopy(first_of(teacher), {id(bert_of(teacher)): tower})
     first.query_length, first.document_length = settings.text_tokens, settings.passage_tokens
     first.max_seq_length = max(settings.text_tokens, settings.passage_tokens)
     width, dimension = tower.config.hidden_size, settings.token_dimension
@@ -126,10 +127,10 @@ def _reranker(settings: StudentSettings, teacher: Model) -> CrossEncoder:
     tower = _bert(settings, bert_of(teacher))
     same_width = tower.config.hidden_size == bert_of(teacher).config.hidden_size
     if isinstance(teacher, CrossEncoder) and same_width:
-        student = with_tower(teacher, tower)
+        student: CrossEncoder = with_tower(teacher, tower)
     else:
         student = _new_reranker(tower, teacher, settings.seed)
-    without_dropout(student[0].auto_model)
+    without_dropout(first_of(student).auto_model)
     student.max_seq_length = settings.text_tokens
     return student
 
@@ -145,8 +146,8 @@ def _new_reranker(tower: BertModel, teacher: Model, seed: int) -> CrossEncoder:
         scorer.bert = tower
         scorer.save_pretrained(folder)
         teacher.tokenizer.save_pretrained(folder)
-        student = CrossEncoder(folder, device="cpu", local_files_only=True)
-    student.model.bert = tower  # as it was frozen
+        student: CrossEncoder = CrossEncoder(folder, device="cpu", local_files_only=True)
+    first_of(student).auto_model.bert = tower  # as it was frozen
     return student
 
 

@@ -27,7 +27,7 @@ from transformers import BertModel
 from stillroom_server.distillery.students.importance import Texts, importance
 from stillroom_server.distillery.students.settings import PruningSettings, Scope
 from stillroom_server.distillery.students.shaped import ShapedBertConfig, build
-from stillroom_server.distillery.students.towers import AnyModel, bert_of, with_tower
+from stillroom_server.distillery.students.towers import AnyModel, bert_of, layers_of, with_tower
 
 Kept = tuple[tuple[int, ...], ...]
 """Of each layer, the numbers of what is kept, ascending."""
@@ -81,8 +81,8 @@ def choose(scores: Sequence[Tensor], fraction: float, scope: Scope) -> Kept:
 @torch.no_grad()
 def remove(tower: BertModel, heads: Kept, neurons: Kept) -> BertModel:
     """A tower with only these heads and neurons of each layer, plain where it can be, frozen where the given one is."""
-    config, layers = tower.config, tower.encoder.layer
-    size = layers[0].attention.self.attention_head_size
+    config = tower.config
+    size = int(layers_of(tower)[0].attention.self.attention_head_size)
     counts = [len(own) for own in neurons]
     fields = {k: v for k, v in config.to_dict().items() if k not in ("model_type", "architectures")} | {
         "head_size": size,
@@ -92,7 +92,7 @@ def remove(tower: BertModel, heads: Kept, neurons: Kept) -> BertModel:
     if len(set(counts)) == 1:
         fields["intermediate_size"] = counts[0]
     smaller = build(ShapedBertConfig(**fields), pooling=tower.pooler is not None)
-    smaller.to(tower.device, tower.dtype)
+    torch.nn.Module.to(smaller, tower.device, tower.dtype)
     weights = tower.state_dict()
     for number, (own_heads, own_neurons) in enumerate(zip(heads, neurons, strict=True)):
         inner = torch.cat([torch.arange(head * size, (head + 1) * size) for head in own_heads])
@@ -103,7 +103,7 @@ def remove(tower: BertModel, heads: Kept, neurons: Kept) -> BertModel:
     for name, parameter in tower.named_parameters():
         smaller.get_parameter(name).requires_grad_(parameter.requires_grad)
     for mine, old in zip(smaller.modules(), tower.modules(), strict=True):
-        if isinstance(mine, torch.nn.Dropout):
+        if isinstance(mine, torch.nn.Dropout) and isinstance(old, torch.nn.Dropout):
             mine.p = old.p
     smaller.set_attn_implementation(config._attn_implementation)
     smaller.train(tower.training)

@@ -30,7 +30,7 @@ from transformers import (
 )
 
 
-class ShapedBertConfig(BertConfig):
+class ShapedBertConfig(BertConfig):  # type: ignore[no-untyped-call]  # of transformers
     """A `BertConfig` with a shape for each layer; None stands for what `BertConfig` says.
 
     Attributes:
@@ -48,7 +48,7 @@ class ShapedBertConfig(BertConfig):
     output_size: int | None = None
 
 
-class ShapedBertModel(BertModel):
+class ShapedBertModel(BertModel):  # type: ignore[no-untyped-call]  # of transformers
     """The tower. `last_hidden_state` is (batch, tokens, output_size or hidden_size)."""
 
     config_class = ShapedBertConfig
@@ -59,7 +59,8 @@ class ShapedBertModel(BertModel):
         heads = config.layer_heads or [config.num_attention_heads] * config.num_hidden_layers
         neurons = config.layer_neurons or [config.intermediate_size] * config.num_hidden_layers
         size = config.head_size or width // config.num_attention_heads
-        for layer, own_heads, own_neurons in zip(self.encoder.layer, heads, neurons, strict=True):
+        layers: list[Any] = list(self.encoder.layer)
+        for layer, own_heads, own_neurons in zip(layers, heads, neurons, strict=True):
             attention, inner = layer.attention.self, own_heads * size
             attention.num_attention_heads, attention.attention_head_size = own_heads, size
             attention.all_head_size, attention.scaling = inner, size**-0.5
@@ -69,10 +70,11 @@ class ShapedBertModel(BertModel):
             layer.intermediate.dense = nn.Linear(width, own_neurons)
             layer.output.dense = nn.Linear(own_neurons, width)
         self.projection = nn.Linear(width, config.output_size) if config.output_size else None
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]  # of transformers
 
-    @functools.wraps(BertModel.forward)  # Sentence Transformers reads the signature to know what to pass
-    def forward(self, *inputs: Any, **options: Any) -> Any:
+    # Sentence Transformers reads the signature to know what to pass.
+    @functools.wraps(BertModel.forward)
+    def forward(self, *inputs: Any, **options: Any) -> Any:  # type: ignore[override]
         """What `BertModel.forward` gives, its last hidden state projected."""
         output = super().forward(*inputs, **options)
         if self.projection is None:
@@ -83,7 +85,7 @@ class ShapedBertModel(BertModel):
         return output
 
 
-class ShapedBertForSequenceClassification(BertForSequenceClassification):
+class ShapedBertForSequenceClassification(BertForSequenceClassification):  # type: ignore[no-untyped-call]
     """The cross-encoder on such a tower."""
 
     config_class = ShapedBertConfig
@@ -91,7 +93,7 @@ class ShapedBertForSequenceClassification(BertForSequenceClassification):
     def __init__(self, config: ShapedBertConfig) -> None:
         super().__init__(config)
         self.bert = ShapedBertModel(config)
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]  # of transformers
 
 
 def is_plain(config: BertConfig) -> bool:

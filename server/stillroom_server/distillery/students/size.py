@@ -17,7 +17,7 @@ from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from torch import nn
 from transformers import BertModel
 
-from stillroom_server.distillery.students.towers import Model, bert_of
+from stillroom_server.distillery.students.towers import Model, bert_of, first_of, layers_of
 
 _PLACES = (("embedding", "embeddings"), (".attention.", "attention"), ("encoder.layer", "feed_forward"))
 
@@ -84,7 +84,7 @@ def _operations(student: Model, tokens: int) -> int:
     if not isinstance(student, SentenceTransformer):
         count *= tokens  # the projection of late interaction is one of tokens
     if tower is None:
-        return count + tokens * int(student[0].embedding_dim)
+        return count + tokens * int(first_of(student).embedding_dim)
     return count + tokens * _layers(tower) + _attending(tower, tokens) + _head(student)
 
 
@@ -96,11 +96,11 @@ def _layers(tower: BertModel) -> int:
 
 def _attending(tower: BertModel, tokens: int) -> int:
     """Queries with keys, and weights with values."""
-    return sum(2 * 2 * tokens * tokens * int(layer.attention.self.all_head_size) for layer in tower.encoder.layer)
+    return sum(4 * tokens * tokens * int(layer.attention.self.all_head_size) for layer in layers_of(tower))
 
 
 def _head(student: Model) -> int:
-    scorer = student[0].auto_model
+    scorer = first_of(student).auto_model
     if isinstance(scorer, BertModel):
         return 0  # its pooler, where it has one, is not used
     last = [*scorer.bert.pooler.modules(), scorer.classifier]

@@ -21,7 +21,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from sentence_transformers import CrossEncoder, MultiVectorEncoder, SentenceTransformer
@@ -44,18 +44,28 @@ _TABLES = ("word_embeddings", "position_embeddings", "token_type_embeddings")
 
 def bert_of(model: Model) -> BertModel:
     """The transformer inside a bi-encoder, a cross-encoder or a late-interaction model; `SettingsError` if not a BERT."""
-    inner = getattr(model[0], "auto_model", None)
+    inner = getattr(first_of(model), "auto_model", None)
     tower = inner.bert if isinstance(inner, BertForSequenceClassification) else inner
     if not isinstance(tower, BertModel):
         raise SettingsError(f"the model's tower is a {type(inner).__name__}: students are made of BERT towers only")
     return tower
 
 
+def layers_of(tower: BertModel) -> list[Any]:
+    """The layers; Any, because torch types what stands in a `ModuleList` as a tensor or a module."""
+    return list(tower.encoder.layer)
+
+
+def first_of(model: Model) -> Any:
+    """What reads a text; Any for the same reason."""
+    return model[0]
+
+
 def with_tower(model: AnyModel, tower: BertModel) -> AnyModel:
     """A copy of the model around another tower of the same width; the tower itself is not copied."""
     # What stands in the memo is taken for copied already, so the old tower is not.
     student = copy.deepcopy(model, {id(bert_of(model)): tower})
-    scorer = student[0].auto_model
+    scorer = first_of(student).auto_model
     if scorer is not tower:  # a cross-encoder's head has a config of its own, with settings that the tower's lacks
         shape = {name: value for name, value in tower.config.to_dict().items() if name in _SHAPE}
         rest = {name: value for name, value in scorer.config.to_dict().items() if name not in _NAMES}
@@ -72,7 +82,7 @@ def drop_layers(tower: BertModel, layers: Sequence[int]) -> BertModel:
     left_out = {id(layer): nn.Identity() for number, layer in enumerate(tower.encoder.layer) if number not in layers}
     student = copy.deepcopy(tower, dict(left_out))
     student.encoder.layer = nn.ModuleList(student.encoder.layer[number] for number in layers)
-    for number, layer in enumerate(student.encoder.layer):
+    for number, layer in enumerate(layers_of(student)):
         layer.attention.self.layer_idx = number
     student.config.num_hidden_layers = len(layers)
     return student
@@ -103,8 +113,8 @@ def _copy_embeddings(student: BertModel, teacher: BertModel) -> None:
         raise SettingsError(f"width {width} is above the teacher's {wide}: set embeddings to random, or be narrower")
     basis = None if width == wide else leading_directions(teacher.embeddings.word_embeddings.weight, width)
     for name in _TABLES:
-        table = teacher.embeddings.get_submodule(name).weight
-        student.embeddings.get_submodule(name).weight.copy_(table if basis is None else table @ basis)
+        table = teacher.embeddings.get_parameter(f"{name}.weight")
+        student.embeddings.get_parameter(f"{name}.weight").copy_(table if basis is None else table @ basis)
     if basis is None:
         student.embeddings.LayerNorm.load_state_dict(teacher.embeddings.LayerNorm.state_dict())
 
@@ -121,7 +131,8 @@ def leading_directions(rows: Tensor, count: int) -> Tensor:
     leading = vectors.flip(1)[:, :count]
     largest = leading.abs().argmax(0)
     signs = torch.sign(leading[largest, torch.arange(leading.shape[1])])
-    return (leading * signs).to(rows.dtype)
+    directions: Tensor = (leading * signs).to(rows.dtype)
+    return directions
 
 
 def without_dropout(tower: BertLike) -> BertLike:

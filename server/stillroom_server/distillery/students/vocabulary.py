@@ -37,7 +37,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import AutoTokenizer, BertModel
 
-from stillroom_server.distillery.students.towers import AnyModel, Model, bert_of, with_tower
+from stillroom_server.distillery.students.towers import AnyModel, Model, bert_of, first_of, with_tower
 from stillroom_shared.errors import DataError, SettingsError
 from stillroom_shared.release import TOKENIZER_NAME
 
@@ -74,11 +74,12 @@ def trim_vocabulary(student: AnyModel, texts: Sequence[str], *, size: int | None
         raise DataError("no texts to trim the vocabulary to: give public texts such as the student will read")
     fields = _fields(student)
     counts = _counts(fields, texts)
-    needed = _needed(fields)
+    needed: set[int] = _needed(fields)
     if size is not None and size < len(needed):
         raise SettingsError(f"vocabulary size {size}: special tokens and the alphabet alone are {len(needed)}")
-    room = None if size is None else size - len(needed)
-    often = [token for token, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0])) if token not in needed]
+    room: int | None = None if size is None else size - len(needed)
+    order = sorted(counts, key=lambda token: (-counts[token], token))
+    often: list[int] = [token for token in order if token not in needed]
     kept = sorted({*needed, *often[:room]})
     smaller, dimension = _sliced(student, kept, _renumbered(fields, kept))
     return Trimmed(
@@ -156,7 +157,7 @@ def _sliced(student: AnyModel, kept: Sequence[int], fields: Mapping[str, Any]) -
     with tempfile.TemporaryDirectory() as folder:
         student.tokenizer.save_pretrained(folder)
         (Path(folder) / TOKENIZER_NAME).write_text(json.dumps(fields), encoding="utf-8")
-        smaller[0].processor = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        first_of(smaller).processor = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     return smaller, tower.config.hidden_size
 
 
