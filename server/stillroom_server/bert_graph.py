@@ -28,6 +28,7 @@ as well, which may be overridden at run time (ONNX IR).
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import onnx
@@ -35,6 +36,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 from transformers import BertModel
+from transformers.models.bert.modeling_bert import BertLayer, BertSelfAttention
 
 from stillroom_shared.adapter import Adapter
 from stillroom_shared.errors import ReleaseError
@@ -61,7 +63,7 @@ class Graph:
         self._constants: dict[str, TensorProto] = {}
         self._overridable: list[onnx.ValueInfoProto] = []
 
-    def add(self, kind: str, *inputs: str, out: str, **attributes: object) -> str:
+    def add(self, kind: str, *inputs: str, out: str, **attributes: Any) -> str:
         """Append an operator; returns the name of its output, `out`."""
         self._nodes.append(helper.make_node(kind, list(inputs), [out], name=out, **attributes))
         return out
@@ -114,6 +116,7 @@ def hidden_states(graph: Graph, tower: BertModel, *, out: str, adapter: Adapter 
     x = _embedded(graph, tower)
     mask = _additive_mask(graph)
     for number, layer in enumerate(tower.encoder.layer):
+        assert isinstance(layer, BertLayer)
         name = f"encoder.layer.{number}"
         context = _attended(graph, x, mask, size, layer.attention.self, f"{name}.attention.self", number, adapter)
         projected = graph.linear(context, layer.attention.output.dense, f"{name}.attention.output.dense")
@@ -165,10 +168,17 @@ def _additive_mask(graph: Graph) -> str:
 
 
 def _attended(
-    graph: Graph, x: str, mask: str, size: str, attention: nn.Module, name: str, number: int, adapter: Adapter | None
+    graph: Graph,
+    x: str,
+    mask: str,
+    size: str,
+    attention: BertSelfAttention,
+    name: str,
+    number: int,
+    adapter: Adapter | None,
 ) -> str:
     """Multi-head attention without its output projection, (batch * tokens, heads * head size)."""
-    width = int(attention.attention_head_size)  # type: ignore[call-overload]  # a module's attributes are untyped
+    width = attention.attention_head_size
     # The number of heads is left open: pruned layers have their own.
     heads = graph.add("Concat", size, graph.constant(f"heads.{width}", [-1, width]), out=f"{name}.heads", axis=0)
     turned = {"query": (0, 2, 1, 3), "key": (0, 2, 3, 1), "value": (0, 2, 1, 3)}

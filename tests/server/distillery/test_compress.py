@@ -17,6 +17,7 @@ from tests.conftest import TINY_SPEC
 from tokenizers import Tokenizer
 from torch import nn
 from transformers import BertModel, DistilBertConfig, DistilBertModel, PreTrainedTokenizerFast
+from transformers.models.bert.modeling_bert import BertLayer
 from typer.testing import CliRunner
 
 from stillroom_server.distillery.compress.models import export_model
@@ -120,13 +121,14 @@ def test_pruned_heads_and_widths(tiny_towers: tuple[BertModel, BertModel], tmp_p
     """A width that is taken from the configuration and not from the layer fails, or mixes heads, in pruned towers only."""
     tower = copy.deepcopy(tiny_towers[0])
     layer = tower.encoder.layer[1]
+    assert isinstance(layer, BertLayer)
     attention = layer.attention.self
     for name in ("query", "key", "value"):
         setattr(attention, name, nn.Linear(32, 16))
     layer.attention.output.dense = nn.Linear(16, 32)
     attention.num_attention_heads, attention.all_head_size = 1, 16
     layer.intermediate.dense, layer.output.dense = nn.Linear(32, 24), nn.Linear(24, 32)
-    export(tower.eval(), tmp_path / "pruned.onnx")  # compares the file with torch
+    export(tower, tmp_path / "pruned.onnx")  # compares the file with torch
 
 
 @pytest.mark.parametrize("activation", ["relu", "gelu_new"])
@@ -135,10 +137,10 @@ def test_other_activations(tiny_towers: tuple[BertModel, BertModel], tmp_path: P
     config = copy.deepcopy(tiny_towers[0].config)
     config.hidden_act = activation
     torch.manual_seed(0)
-    export(BertModel(config).eval(), tmp_path / "tower.onnx")
+    export(BertModel(config), tmp_path / "tower.onnx")
     config.hidden_act = "silu"
     with pytest.raises(ReleaseError, match="'silu'"):
-        export(BertModel(config).eval(), tmp_path / "other.onnx")
+        export(BertModel(config), tmp_path / "other.onnx")
 
 
 def test_unfit_towers_are_refused(
@@ -168,6 +170,7 @@ class TestModels:
         """The mean of the file's states must be the model's vector, or its index fits nothing."""
         assert export_model(table, tmp_path) < 1e-6
         onnx_tower = session(tmp_path / ONNX_FILES["float32"])
+        assert isinstance(table[0], StaticEmbedding)
         words = table[0].tokenizer
         for text in PROBES:
             ids = np.array([words.encode(text, add_special_tokens=False).ids], np.int64)

@@ -53,7 +53,8 @@ def export_model(model: SentenceTransformer, folder: Path) -> float:
     tower = getattr(module, "auto_model", None)
     if not isinstance(tower, PreTrainedModel):
         raise ReleaseError(f"the model begins with a {type(module).__name__}: give one with a transformer or a table")
-    own = copy.deepcopy(tower).cpu().float()
+    own = copy.deepcopy(tower)
+    nn.Module.to(own, "cpu", torch.float32)
     own.train(False)
     if isinstance(own, BertModel):
         export(own, path)
