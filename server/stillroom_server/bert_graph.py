@@ -32,6 +32,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
@@ -86,7 +87,8 @@ class Graph:
     def linear(self, x: str, layer: nn.Linear, name: str) -> str:
         """`x Wᵀ + b`, (rows, dim_out)."""
         product = self.add("MatMul", x, self.constant(f"{name}.weight", layer.weight.T), out=f"{name}.product")
-        return self.add("Add", product, self.constant(f"{name}.bias", layer.bias), out=name)
+        bias = layer.bias if layer.bias is not None else torch.zeros(layer.out_features)
+        return self.add("Add", product, self.constant(f"{name}.bias", bias), out=name)
 
     def normalized(self, x: str, layer: nn.LayerNorm, name: str) -> str:
         """Layer normalization over the last axis (Ba et al. 2016, arXiv 1607.06450)."""

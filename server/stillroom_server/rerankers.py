@@ -89,11 +89,17 @@ def export_reranker(
         ReleaseError: the model is of another kind, or the float32 file differs from it.
     """
     encoder = CrossEncoder(str(model), device="cpu", local_files_only=True) if isinstance(model, Path) else model
+    return write_reranker(encoder, folder / RERANKER_FOLDER, tokens=tokens, pairs=pairs)
+
+
+def write_reranker(
+    encoder: CrossEncoder, target: Path, *, tokens: int = 256, pairs: Sequence[tuple[str, str]] = _PROBES
+) -> Exported:
+    """The same into a folder of any name, which may hold the saved model already."""
     scorer, tokenizer = _parts(encoder)
     limit = scorer.config.max_position_embeddings
     if not 8 <= tokens <= limit:
         raise ReleaseError(f"the reranker shall read {tokens} tokens of a pair: choose 8 to {limit}, which it knows")
-    target = folder / RERANKER_FOLDER
     for name in ONNX_FILES.values():
         (target / name).parent.mkdir(parents=True, exist_ok=True)
     scorer.save_pretrained(target)

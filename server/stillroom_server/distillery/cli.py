@@ -14,9 +14,59 @@ import typer
 def register(app: typer.Typer) -> None:
     """Add the group."""
     group = typer.Typer(name="distill", help="Make a small search model from large ones.", no_args_is_help=True)
+    group.command()(run)
+    group.command()(recipes)
     group.command()(teach)
-    group.callback()(lambda: None)
     app.add_typer(group)
+
+
+def run(
+    recipe: Annotated[str, typer.Argument(help="A ready recipe by name, or a TOML file.")],
+    out: Annotated[Path, typer.Option(help="Folder of the results; the same one again resumes.")],
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one setting; may be repeated.")
+    ] = None,
+    cache: Annotated[Path, typer.Option(help="Folder of what teachers said, by content.")] = Path("~/.cache/stillroom"),
+) -> None:
+    """Make a model as a recipe says: lessons, teachers, training, export."""
+    from stillroom_shared.asked import only_our_own_progress, pairs
+
+    only_our_own_progress()
+    from rich.console import Console
+
+    from stillroom_server.distillery.recipe import load_recipe
+    from stillroom_server.distillery.run import STAGES, Run, planned
+    from stillroom_server.distillery.training.train import processes
+    from stillroom_shared.progress import Progress
+
+    chosen = load_recipe(recipe, pairs(changes or []))
+    first = processes().is_main_process
+    progress = Progress(
+        {name: STAGES[name] for name in planned(chosen)}, console=Console(highlight=False, quiet=not first)
+    )
+    model = Run(chosen, out, cache.expanduser() / "distillery").all_stages(progress)
+    if first:
+        typer.echo(
+            f"\nmodel    {model}\nfigures  {model / 'distillation.json'}\ncurves   tensorboard --logdir {out / 'training'}"
+        )
+
+
+def recipes() -> None:
+    """List the recipes that come with Stillroom."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from stillroom_server.distillery.recipe import load_recipe, ready
+
+    table = Table("recipe", "what it makes", box=None, pad_edge=False, header_style="bold")
+    for name in ready():
+        table.add_row(name, load_recipe(name, {}).about)
+    console = Console(highlight=False)
+    console.print(table)
+    console.print(
+        "\nstillroom distill run NAME --out DIR   makes one; a file of your own begins as a copy of:", markup=False
+    )
+    console.print(str(next(iter(ready().values())).parent), markup=False, soft_wrap=True)
 
 
 def teach(

@@ -27,7 +27,8 @@ from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from torch import Tensor, nn
 from transformers import BertModel, PreTrainedModel
 
-from stillroom_server.bert_graph import INPUTS, OPSET, Graph
+from stillroom_server.bert_graph import INPUTS, OPSET
+from stillroom_server.distillery.students.export import export_table
 from stillroom_server.export import OUTPUT, bare, export, quiet
 from stillroom_shared.errors import ReleaseError
 from stillroom_shared.release import ONNX_FILES
@@ -48,7 +49,7 @@ def export_model(model: SentenceTransformer, folder: Path) -> float:
     path.parent.mkdir(parents=True, exist_ok=True)
     module = model[0]
     if isinstance(module, StaticEmbedding):
-        _table(module, path)
+        export_table(module, path)
         return _difference(path, lambda feed: module.embedding.weight[feed["input_ids"]])
     tower = getattr(module, "auto_model", None)
     if not isinstance(tower, PreTrainedModel):
@@ -61,13 +62,6 @@ def export_model(model: SentenceTransformer, folder: Path) -> float:
     else:
         _trace(own, path, [name for name in INPUTS if name in model.tokenizer.model_input_names])
     return _difference(path, lambda feed: own(**feed).last_hidden_state)
-
-
-def _table(module: StaticEmbedding, path: Path) -> None:
-    graph = Graph()
-    table = graph.constant("embeddings.word_embeddings.weight", module.embedding.weight)
-    states = graph.add("Gather", table, INPUTS[0], out=OUTPUT)
-    onnx.save(graph.model(states, ("batch", "tokens", module.embedding_dim)), path)
 
 
 class _Traced(nn.Module):

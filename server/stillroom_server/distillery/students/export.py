@@ -10,6 +10,7 @@ today runs, and the length of its vectors is that of the teacher's space.
 | fewer heads | `ShapedBertModel` | `AdapterSpec` with the length of `B`; a tower class that devices can train |
 | narrow, with a `Dense` | `ShapedBertModel` with `output_size` | its dimension apart from the tower's width; that class |
 | static | a looked-up row, mapped | a query tower that takes no adapter, so no federated rounds |
+| late interaction | its tower with the map of its tokens; unit length and masks stay outside | an index of tokens |
 """
 
 from __future__ import annotations
@@ -18,29 +19,31 @@ from pathlib import Path
 
 import onnx
 import torch
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import MultiVectorEncoder, SentenceTransformer
 from sentence_transformers.base.modules import Dense, Normalize
+from sentence_transformers.multi_vector_encoder.modules import MultiVectorMask
 from sentence_transformers.sentence_transformer.modules import Pooling, StaticEmbedding
-from torch import Tensor, nn
+from torch import nn
 from transformers import BertModel
 
-from stillroom_server.bert_graph import INPUTS
+from stillroom_server.bert_graph import INPUTS, Graph
 from stillroom_server.distillery.students.shaped import ShapedBertConfig, ShapedBertModel
 from stillroom_server.distillery.students.towers import bert_of
-from stillroom_server.export import OUTPUT, bare, export, quiet
+from stillroom_server.export import OUTPUT, export
 from stillroom_shared.errors import ReleaseError
 
-_OPSET = 18
 
-
-def export_student(student: SentenceTransformer, path: Path) -> None:
-    """Write a tower or a static student as float32 ONNX, which `stillroom_server.export.quantize` takes further.
+def export_student(student: SentenceTransformer | MultiVectorEncoder, path: Path) -> None:
+    """Write a tower, a static student or a late-interaction one as float32 ONNX, which `compress` takes further.
 
     Raises:
         ReleaseError: the student pools in another way, or has modules that are not linear.
     """
-    if isinstance(student[0], StaticEmbedding):
-        _export_table(_Table(student[0].embedding.weight, _map(list(student)[1:])), path)
+    if isinstance(student, MultiVectorEncoder):
+        linear = _map([module for module in list(student)[1:] if not isinstance(module, MultiVectorMask)])
+        export(_with_map(bert_of(student), linear), path)
+    elif isinstance(student[0], StaticEmbedding):
+        export_table(student[0], path, _map(list(student)[1:]))
     else:
         export(folded(student), path)
 
@@ -50,7 +53,11 @@ def folded(student: SentenceTransformer) -> BertModel:
     pooling = student[1] if len(student) > 1 else None
     if not isinstance(pooling, Pooling) or pooling.pooling_mode != "mean":
         raise ReleaseError(f"the student pools by {getattr(pooling, 'pooling_mode', None)}: a device takes the mean")
-    tower, linear = bert_of(student), _map(list(student)[2:])
+    return _with_map(bert_of(student), _map(list(student)[2:]))
+
+
+def _with_map(tower: BertModel, linear: nn.Linear | None) -> BertModel:
+    """A tower whose states are mapped once more."""
     if linear is None:
         return tower
     names = ("model_type", "architectures", "output_size")
@@ -75,35 +82,17 @@ def _map(modules: list[nn.Module]) -> nn.Linear | None:
     raise ReleaseError(f"after its pooling the student has {names}: only one linear Dense can be exported")
 
 
-class _Table(nn.Module):
-    """(batch, tokens) to (batch, tokens, dim): the row of each token, mapped; the other inputs are read and change nothing."""
-
-    def __init__(self, weight: Tensor, linear: nn.Linear | None) -> None:
-        super().__init__()
-        # The name is what the quantizer looks for.
-        self.word_embeddings = nn.Embedding(weight.shape[0], weight.shape[1], _weight=weight.detach())
-        self.linear = linear
-
-    def forward(self, ids: Tensor, mask: Tensor, types: Tensor) -> Tensor:
-        states: Tensor = self.word_embeddings(ids)
-        states = states if self.linear is None else self.linear(states)
-        return states * (mask + 0 * types)[:, :, None].to(states.dtype)
-
-
-def _export_table(table: _Table, path: Path) -> None:
-    batch, tokens = torch.export.Dim("batch"), torch.export.Dim("tokens")
-    ids = tuple(torch.ones(2, 3, dtype=torch.int64) for _ in INPUTS)  # `stillroom_server.export` says why of this size
-    with quiet():
-        program = torch.onnx.export(
-            table.eval(),
-            ids,
-            input_names=list(INPUTS),
-            output_names=[OUTPUT],
-            opset_version=_OPSET,
-            dynamic_shapes=tuple({0: batch, 1: tokens} for _ in INPUTS),
-            dynamo=True,
-            external_data=False,
-            verbose=False,
-        )
-    assert program is not None
-    onnx.save(bare(program.model_proto), path)
+def export_table(module: StaticEmbedding, path: Path, linear: nn.Linear | None = None) -> None:
+    """(batch, tokens) to (batch, tokens, dim): the row of each token, mapped; mask and types are inputs that change nothing."""
+    graph = Graph()
+    # The name that the quantizer looks for.
+    table = graph.constant("word_embeddings.weight", module.embedding.weight)
+    if linear is None:
+        states, width = graph.add("Gather", table, INPUTS[0], out=OUTPUT), module.embedding.embedding_dim
+    else:
+        found, width = graph.add("Gather", table, INPUTS[0], out="found"), linear.out_features
+        rows = graph.add("Reshape", found, graph.constant("rows", [-1, linear.in_features]), out="found.rows")
+        size = graph.add("Shape", INPUTS[0], out="size")
+        shape = graph.add("Concat", size, graph.constant("width", [width]), out="size.states", axis=0)
+        states = graph.add("Reshape", graph.linear(rows, linear, "projection"), shape, out=OUTPUT)
+    onnx.save(graph.model(states, ("batch", "tokens", width)), path)

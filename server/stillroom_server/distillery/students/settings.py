@@ -86,3 +86,8 @@ class PruningSettings(Group):
         "original", description="who teaches after each step: the teacher, or the student as it was before the step"
     )
     seed: int = Field(0, ge=0, description="seed of the random directions of `sensitivity`")
+
+    @property
+    def active(self) -> bool:
+        """Whether anything is pruned."""
+        return max(self.heads, self.neurons, self.weights) > 0

@@ -138,7 +138,8 @@ class ListObjective(TextObjective):
         numbers = _numbers(labels)
         queries = self._queries(sentence_features[0], self._bank.lessons.queries[numbers])
         ranked = self._over_corpus if self._corpus else self._over_list
-        return self._loss(Signals(**queries, **ranked(queries, numbers, sentence_features[1:])))
+        found: dict[str, Any] = {**queries, **ranked(queries, numbers, sentence_features[1:])}
+        return self._loss(Signals(**found))
 
     def _over_list(
         self, queries: Mapping[str, Tensor], numbers: NDArray[np.int64], passages: Sequence[Features]

@@ -34,7 +34,7 @@ from sentence_transformers import (
 )
 from torch import Tensor, nn
 from transformers import BertModel, PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.integrations import TensorBoardCallback
+from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from stillroom_server.distillery.lessons import Lessons
@@ -119,7 +119,7 @@ def train(
     trainer.remove_callback(PrinterCallback)  # our own progress stands in its place
     if trainer.is_world_process_zero():
         trainer.add_callback(_curves(folder / "curves"))
-    newest = get_last_checkpoint(str(checkpoints))
+    newest: str | None = get_last_checkpoint(str(checkpoints))  # type: ignore[no-untyped-call]
     if newest is not None:
         composition.load_state_dict(torch.load(Path(newest, _LOSSES), weights_only=True))
     with watcher.interruptible():
@@ -156,7 +156,7 @@ def _arguments(settings: TrainingSettings) -> dict[str, Any]:
 def _curves(folder: Path) -> TrainerCallback:
     from torch.utils.tensorboard import SummaryWriter
 
-    return TensorBoardCallback(SummaryWriter(str(folder)))
+    return TensorBoardCallback(SummaryWriter(str(folder)))  # type: ignore[no-untyped-call]
 
 
 def processes() -> PartialState:
@@ -180,10 +180,10 @@ def _average_gradients(composition: nn.Module) -> None:
     def average(gradient: Tensor) -> Tensor:
         summed = gradient.clone()
         torch.distributed.all_reduce(summed)
-        return summed / together
+        return summed.div_(together)
 
     for parameter in composition.parameters():
-        parameter.register_hook(average)
+        parameter.register_hook(average)  # type: ignore[no-untyped-call]
 
 
 class _Watcher(TrainerCallback):

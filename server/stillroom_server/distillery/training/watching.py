@@ -55,7 +55,7 @@ def watched(model: nn.Module, *, on: bool) -> Iterator[Watched | None]:
     hooks = [tower.embeddings.register_forward_hook(state)]
     for layer in tower.encoder.layer:
         hooks.append(layer.register_forward_hook(state))
-        hooks.append(layer.attention.self.register_forward_hook(attention))
+        hooks.append(layer.get_submodule("attention.self").register_forward_hook(attention))
     try:
         yield seen
     finally:

@@ -1,0 +1,62 @@
+"""From a trained student of any kind to the folder that is shipped or served: the saved model with its ONNX files.
+
+| student | float32 | compressed |
+|---|---|---|
+| tower, static table, late interaction | `students/export.py`: states that a device pools | as the recipe says |
+| reranker | `stillroom_server.rerankers`: a logit for each pair | int8, as in releases |
+
+Files lie where Sentence Transformers looks for them (`ONNX_FILES`), so its ONNX backend loads the folder too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, cast
+
+from sentence_transformers import CrossEncoder, MultiVectorEncoder, SentenceTransformer
+from tokenizers import Tokenizer
+
+from stillroom_server.distillery.compress.quantize import CompressSettings, compress
+from stillroom_server.distillery.students.export import export_student
+from stillroom_server.distillery.training.train import Student
+from stillroom_server.rerankers import write_reranker
+from stillroom_shared.release import ONNX_FILES
+
+_PROBES = 256
+"""Texts that the compressed file is compared with its source on."""
+
+
+def export_model(student: Student, folder: Path, settings: CompressSettings, texts: Sequence[str]) -> dict[str, Any]:
+    """Save a student with its ONNX files; returns their sizes and how far the compressed one is from the model.
+
+    Args:
+        texts: public texts; some compare the files, the others calibrate where that is asked for.
+
+    Raises:
+        ReleaseError: a file computes something else than the model.
+        DataError: there are too few texts.
+    """
+    student.save_pretrained(str(folder), create_model_card=False)
+    if isinstance(student, CrossEncoder):
+        return asdict(write_reranker(student, folder, tokens=int(student.max_seq_length or 256)))
+    source, target = folder / ONNX_FILES["float32"], folder / ONNX_FILES["int8"]
+    source.parent.mkdir(parents=True, exist_ok=True)
+    export_student(cast(SentenceTransformer | MultiVectorEncoder, student), source)
+    probes, calibration = texts[:_PROBES], texts[_PROBES:]
+    done = compress(source, target, settings, tokenizer=_tokenizer(student), calibration=calibration, probes=probes)
+    return asdict(done)
+
+
+def _tokenizer(student: Student) -> Tokenizer:
+    """As a device uses it: cut to the tokens that the student reads, without padding."""
+    plain = Tokenizer.from_str(_backend(student).to_str())
+    plain.no_padding()
+    plain.enable_truncation(int(student.max_seq_length or 32))
+    return plain
+
+
+def _backend(student: Student) -> Tokenizer:
+    found = student.tokenizer
+    return found if isinstance(found, Tokenizer) else found.backend_tokenizer

@@ -1,0 +1,116 @@
+"""A recipe: everything a distilled model depends on, beside the code and the data, as one frozen value from a TOML file.
+
+    [teachers.NAME]   who teaches; the file chooses the names (`teachers/settings.py`)
+    documents         the teacher whose vectors passages keep, and in whose space the student's queries lie
+    scorers           the teachers whose scores are learned
+    begins            the teacher whose weights the student begins with
+    [data] [teach] [student] [losses] [training] [pruning] [compress]
+
+Ready ones lie in `recipes/`; `stillroom distill recipes` lists them. Values after `--set` win.
+"""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+from typing import Self
+
+from pydantic import Field, model_validator
+
+from stillroom_server.distillery.compress.quantize import CompressSettings
+from stillroom_server.distillery.data.settings import DataSettings
+from stillroom_server.distillery.losses.settings import LossesSettings
+from stillroom_server.distillery.students.settings import PruningSettings, StudentSettings
+from stillroom_server.distillery.teachers.settings import TeacherSettings
+from stillroom_server.distillery.teachers.teacher_set import Normalisation
+from stillroom_server.distillery.teaching import TeachSettings
+from stillroom_server.distillery.training.settings import TrainingSettings
+from stillroom_shared.errors import SettingsError
+from stillroom_shared.settings_file import Group, load
+
+TAUGHT = "taught"
+"""As the model of a teacher: the cross-encoder that the stage `teach` fine-tunes first."""
+
+
+class Recipe(Group):
+    """How one model is made."""
+
+    about: str = Field("", description="what it is good for, in a line")
+    teachers: dict[str, TeacherSettings] = Field(default_factory=dict, description="who teaches, by name")
+    documents: str | None = Field(
+        None, description="teacher whose vectors passages keep; none: the student's own, or none at all"
+    )
+    scorers: tuple[str, ...] = Field((), description="teachers whose scores are learned; empty: all that are named")
+    normalisation: Normalisation = Field("standard", description="how scores of several teachers meet, query by query")
+    begins: str | None = Field(
+        None, description="teacher that the student is cut from; none: `documents`, or the first"
+    )
+    data: DataSettings = DataSettings()
+    teach: TeachSettings = TeachSettings()
+    student: StudentSettings = StudentSettings()
+    losses: LossesSettings = LossesSettings()
+    training: TrainingSettings = TrainingSettings()
+    pruning: PruningSettings = PruningSettings()
+    compress: CompressSettings = CompressSettings()
+    seed: int = Field(0, ge=0, description="of everything; the seeds of single groups are added to it")
+
+    @model_validator(mode="after")
+    def _teachers_are_named(self) -> Self:
+        named = {"documents": self.documents, "begins": self.begins} | {
+            f"scorers[{i}]": s for i, s in enumerate(self.scorers)
+        }
+        for place, name in named.items():
+            if name is not None and name not in self.teachers:
+                raise ValueError(f"{place} is {name!r}: the teachers are {', '.join(self.teachers)}")
+        if self.documents is not None and self.teachers[self.documents].kind != "bi-encoder":
+            kind = self.teachers[self.documents].kind
+            raise ValueError(
+                f"documents {self.documents!r} is a {kind}: only a bi-encoder has a vector for each passage"
+            )
+        return self
+
+    @property
+    def origin(self) -> str:
+        """The teacher that the student begins from."""
+        return self.begins or self.documents or next(iter(self.teachers))
+
+    @property
+    def scoring(self) -> tuple[str, ...]:
+        """The teachers whose scores are learned."""
+        return self.scorers or tuple(self.teachers)
+
+    @property
+    def learns_scores(self) -> bool:
+        """Whether any loss reads scores that teachers give to lists; over the whole corpus they are products of vectors."""
+        losses = self.losses
+        reads = losses.margin_mse.active or losses.listwise_kl.active or losses.soft_hard.active
+        return reads and self.training.ranked == "listed"
+
+    @property
+    def compares_layers(self) -> bool:
+        """Whether any loss compares the student's layers with the teacher's."""
+        return self.losses.hidden_states.active or self.losses.attention_maps.active
+
+    @property
+    def teaches_first(self) -> bool:
+        """Whether a cross-encoder is fine-tuned before anything is distilled."""
+        return any(one.model == TAUGHT for one in self.teachers.values())
+
+
+def load_recipe(name: str, overrides: dict[str, str]) -> Recipe:
+    """A ready recipe by name, or a file, with values changed. Raises `SettingsError`."""
+    path = Path(name)
+    if path.suffix != ".toml" and name in ready():
+        path = ready()[name]
+    elif not path.is_file():
+        raise SettingsError(f"recipe {name!r} is no file and no ready one: those are {', '.join(ready())}")
+    recipe = load(Recipe(), path, overrides)
+    if not recipe.teachers:
+        raise SettingsError(f"{path} names no teacher: add a table, e.g. [teachers.minilm] with model = 'offline'")
+    return recipe
+
+
+def ready() -> dict[str, Path]:
+    """The recipes that come with Stillroom, by name."""
+    folder = Path(str(files("stillroom_server.distillery") / "recipes"))
+    return {path.stem: path for path in sorted(folder.glob("*.toml"))}

@@ -1,0 +1,286 @@
+"""A recipe's stages, each skipped while nothing that it depends on has changed.
+
+    lessons   public text, made queries, filter, negatives          OUT/lessons
+    teach     a cross-encoder is fine-tuned, where a teacher is it  OUT/taught
+    vectors   of all texts, by the teacher of `documents`           OUT/vectors.npy
+    scores    of all lists, by the teachers of `scorers`            OUT/scores.npy
+    train     the student, and pruning with training in between     OUT/student, OUT/training
+    export    ONNX files, sizes, sources                            OUT/model, OUT/model/distillation.json
+
+Vectors and scores are kept by content in the cache too, so another run with the same teachers computes only what is new. Under
+`accelerate launch` or `torchrun` the first process prepares while the others wait, all of them train, and the first writes.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from itertools import count
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from accelerate.utils import broadcast_object_list
+from numpy.typing import NDArray
+from sentence_transformers import CrossEncoder, MultiVectorEncoder, SentenceTransformer
+
+from stillroom_server.distillery.data.prepare import prepare_lessons
+from stillroom_server.distillery.exporting import export_model
+from stillroom_server.distillery.lessons import Lessons
+from stillroom_server.distillery.recipe import TAUGHT, Recipe
+from stillroom_server.distillery.scores import ScoreCache, score_lessons
+from stillroom_server.distillery.students.iterate import prune_iteratively
+from stillroom_server.distillery.students.make import make_student
+from stillroom_server.distillery.students.size import size_of
+from stillroom_server.distillery.teachers.base import Embedder, Teacher
+from stillroom_server.distillery.teachers.bi_encoder import BiEncoder
+from stillroom_server.distillery.teachers.opening import open_teacher, open_teachers
+from stillroom_server.distillery.teachers.settings import TeacherSettings
+from stillroom_server.distillery.teaching import teach
+from stillroom_server.distillery.training.bank import Bank
+from stillroom_server.distillery.training.curriculum import Curriculum
+from stillroom_server.distillery.training.train import Student, processes
+from stillroom_server.distillery.vectors import VectorCache, embed_lessons
+from stillroom_shared.progress import Progress, Stage
+from stillroom_shared.workspace import Workspace, key_of
+
+_OUTPUTS: Mapping[str, tuple[str, ...]] = {
+    "lessons": ("lessons",),
+    "teach": ("taught",),
+    "vectors": ("vectors.npy",),
+    "scores": ("scores.npy",),
+    "train": ("student", "training"),
+    "export": ("model",),
+}
+_STATIC_TEXTS = 50_000
+"""Texts in which a static student counts tokens before it begins."""
+_EXPORT_TEXTS = 1_024
+"""Queries that files are compared and calibrated on."""
+STAGES: Mapping[str, float] = {
+    "lessons": 60.0,
+    "teach": 300.0,
+    "vectors": 120.0,
+    "scores": 120.0,
+    "train": 600.0,
+    "export": 30.0,
+}
+"""Seconds that each takes, roughly; the estimate of what is left corrects itself."""
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """A recipe on its way through its stages.
+
+    Attributes:
+        recipe: what is made.
+        out: the folder of results; the same one again resumes.
+        cache: folder of scores and vectors by content, shared by runs.
+    """
+
+    recipe: Recipe
+    out: Path
+    cache: Path
+
+    def all_stages(self, progress: Progress) -> Path:
+        """Run what is not done. Returns the folder of the model.
+
+        Raises:
+            KeyboardInterrupt: it was interrupted, and goes on when it is called again.
+            StillroomError: a stage cannot do its work, with the remedy.
+        """
+        works: dict[str, Callable[[Stage], None]] = {
+            "lessons": self._prepare,
+            "teach": self._teach,
+            "vectors": self._embed,
+            "scores": self._score,
+            "train": self._train,
+            "export": self._export,
+        }
+        for name in planned(self.recipe):
+            with progress.stage(name) as stage:
+                skipped = self._stage(name, lambda stage=stage, name=name: works[name](stage))  # type: ignore[misc]
+                stage.note(self._remark(name), cached=skipped)
+        return self.out / "model"
+
+    def _stage(self, name: str, work: Callable[[], None]) -> bool:
+        """Run a stage unless it is done: in the first process while others wait, or in all of them for training."""
+        state = processes()
+        if not state.is_main_process:
+            if name == "train" and _agreed(None):
+                work()
+            state.wait_for_everyone()
+            return False
+
+        def together() -> None:
+            if name == "train":
+                _agreed(True)
+            work()
+
+        skipped = self._space.stage(name, self._key(name), _OUTPUTS[name], together)
+        if name == "train" and skipped:
+            _agreed(False)
+        state.wait_for_everyone()
+        return skipped
+
+    def _prepare(self, stage: Stage) -> None:
+        prepare_lessons(self.recipe.data, self.out / "lessons", teacher=self._miner, progress=stage)
+
+    def _teach(self, stage: Stage) -> None:
+        teach(self.lessons, self.recipe.teach, self.out / "taught", progress=stage)
+
+    def _embed(self, stage: Stage) -> None:
+        embedder = cast(Embedder, self._teacher(cast(str, self.recipe.documents)))
+        embed_lessons(embedder, self.lessons, VectorCache(self.cache), self.out / "vectors.npy", progress=stage)
+
+    def _score(self, stage: Stage) -> None:
+        lessons = self.lessons
+        together = open_teachers(
+            [self._settings_of(name) for name in self.recipe.scoring],
+            passages=lambda: lessons.texts(lessons.rows("passage")),
+            normalisation=self.recipe.normalisation,
+        )
+        score_lessons(together, lessons, ScoreCache(self.cache), self.out / "scores.npy", progress=stage)
+
+    def _train(self, stage: Stage) -> None:
+        curriculum, student = self._curriculum, self._new_student()
+        curriculum.learn(student, self.out / "training", progress=stage)
+        if self.recipe.pruning.active:
+            student = self._pruned(student, stage)
+        if processes().is_main_process:
+            student.save_pretrained(str(self.out / "student"), create_model_card=False)
+
+    def _export(self, stage: Stage) -> None:
+        model, student = self.out / "model", load_student(self.out / "student", self.recipe)
+        shutil.rmtree(model, ignore_errors=True)
+        queries = self.lessons.texts(self.lessons.rows("query")[:_EXPORT_TEXTS])
+        files = export_model(student, model, self.recipe.compress, queries)
+        described = {
+            "recipe": self.recipe.model_dump(mode="json", exclude_defaults=True),
+            "lessons": self.lessons.description,
+            "teachers": {name: self._teacher(name).identity for name in self.recipe.teachers},
+            "size": asdict(size_of(student)),
+            "files": files,
+        }
+        (model / "distillation.json").write_text(json.dumps(described, indent=1, default=str) + "\n")
+
+    @cached_property
+    def lessons(self) -> Lessons:
+        """What is learned from."""
+        return Lessons.open(self.out / "lessons")
+
+    @property
+    def _curriculum(self) -> Curriculum:
+        recipe, documents = self.recipe, self.recipe.documents
+        embedder = self._teacher(documents) if documents and recipe.compares_layers else None
+        return Curriculum(
+            losses=recipe.losses,
+            training=recipe.training,
+            bank=Bank(self.lessons, _mapped(self.out / "vectors.npy"), _mapped(self.out / "scores.npy")),
+            teacher=None if embedder is None else cast(BiEncoder, embedder).model,
+            seed=recipe.seed,
+        )
+
+    def _new_student(self) -> Student:
+        settings = self.recipe.student
+        settings = settings.model_copy(update={"seed": settings.seed + self.recipe.seed})
+        teacher = self._teacher(self.recipe.origin)
+        texts = self.lessons.texts(slice(0, _STATIC_TEXTS)) if settings.kind == "static" else ()
+        return make_student(settings, cast(Any, teacher).model, texts)
+
+    def _pruned(self, student: Student, stage: Stage) -> Student:
+        """The student after pruning, each step followed by training in a folder of its own."""
+        steps = count()
+
+        def again(pruned: Student, teacher: Any) -> Student:
+            self._curriculum.learn(pruned, self.out / "training" / f"pruned-{next(steps)}", progress=stage)
+            return pruned
+
+        rows = self.lessons.rows("query")[: self.recipe.pruning.texts]
+        bank = self._curriculum.bank
+        targets = None if bank.vectors is None else np.asarray(bank.vectors[rows], np.float32)
+        pruned = prune_iteratively(
+            cast(Any, student), self.recipe.pruning, again, texts=self.lessons.texts(rows), targets=targets
+        )
+        return cast(Student, pruned)
+
+    @cached_property
+    def _miner(self) -> Teacher | None:
+        """The teacher that finds hard negatives: one with vectors, else one that scores what words find."""
+        names = [self.recipe.documents, *self.recipe.teachers]
+        usable = [name for name in names if name and self.recipe.teachers[name].model != TAUGHT]
+        ordered = sorted(usable, key=lambda name: self.recipe.teachers[name].kind != "bi-encoder")
+        kinds = [self.recipe.teachers[name].kind for name in ordered]
+        return self._teacher(ordered[0]) if ordered and kinds[0] != "bm25" else None
+
+    def _settings_of(self, name: str) -> TeacherSettings:
+        settings = self.recipe.teachers[name]
+        return settings.model_copy(update={"model": str(self.out / "taught")}) if settings.model == TAUGHT else settings
+
+    def _teacher(self, name: str) -> Teacher:
+        if name not in self._opened:
+            settings, lessons = self._settings_of(name), self.lessons if (self.out / "lessons").exists() else None
+            passages = lessons.texts(lessons.rows("passage")) if settings.kind == "bm25" and lessons else None
+            self._opened[name] = open_teacher(settings, passages=passages)
+        return self._opened[name]
+
+    @cached_property
+    def _opened(self) -> dict[str, Teacher]:
+        return {}
+
+    @cached_property
+    def _space(self) -> Workspace:
+        self.out.mkdir(parents=True, exist_ok=True)
+        return Workspace(self.out)
+
+    def _key(self, name: str) -> str:
+        """Changes with everything that the stage's result depends on, the stages before it included."""
+        recipe = self.recipe.model_dump(mode="json")
+        teachers = {one: recipe["teachers"][one] for one in self.recipe.teachers}
+        asked = planned(self.recipe)
+        before = self._key(asked[asked.index(name) - 1]) if name != asked[0] else ""
+        own: dict[str, Any] = {
+            "lessons": [recipe["data"], recipe["seed"], self.recipe.documents, teachers],
+            "teach": recipe["teach"],
+            "vectors": [teachers, self.recipe.documents],
+            "scores": [teachers, self.recipe.scoring, self.recipe.normalisation],
+            "train": [recipe[part] for part in ("student", "losses", "training", "pruning", "seed", "begins")],
+            "export": recipe["compress"],
+        }
+        return key_of(name, before, own[name])
+
+    def _remark(self, name: str) -> str:
+        if name == "lessons":
+            found = self.lessons
+            return f"{len(found):,} texts, {found.lists:,} lists of {found.candidates}"
+        return ""
+
+
+def planned(recipe: Recipe) -> list[str]:
+    """The stages of a recipe, in order."""
+    wanted = {
+        "teach": recipe.teaches_first,
+        "vectors": recipe.documents is not None,
+        "scores": recipe.learns_scores,
+    }
+    return [name for name in STAGES if wanted.get(name, True)]
+
+
+def _agreed(value: bool | None) -> bool:
+    """What the first process says, in every process."""
+    said = [value]
+    broadcast_object_list(said)
+    return bool(said[0])
+
+
+def _mapped(path: Path) -> NDArray[Any] | None:
+    return np.load(path, mmap_mode="r") if path.exists() else None
+
+
+def load_student(folder: Path, recipe: Recipe) -> Student:
+    """The student that a recipe made, from the folder that it was saved to."""
+    kinds: dict[str, type] = {"reranker": CrossEncoder, "late-interaction": MultiVectorEncoder}
+    kind = kinds.get(recipe.student.kind, SentenceTransformer)
+    return cast(Student, kind(str(folder), device="cpu", local_files_only=True))

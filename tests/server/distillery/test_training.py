@@ -1,0 +1,324 @@
+"""Training: what a batch holds, which signals reach the losses, and that interruptions and processes change nothing."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sentence_transformers import CrossEncoder, MultiVectorEncoder, SentenceTransformer
+from tests.server.distillery.learners import CANDIDATES, late, lessons, reranker, tower, unit
+from torch import Tensor, nn
+from transformers import BertModel, PreTrainedTokenizerFast
+
+from stillroom_server.distillery.losses.settings import LossesSettings
+from stillroom_server.distillery.losses.signals import Signals
+from stillroom_server.distillery.students.towers import bert_of
+from stillroom_server.distillery.training.bank import Bank
+from stillroom_server.distillery.training.batches import LENGTH, LikeLengths, Reading, list_set, text_set
+from stillroom_server.distillery.training.curriculum import Curriculum
+from stillroom_server.distillery.training.objectives import (
+    Clock,
+    LateObjective,
+    ListObjective,
+    RerankObjective,
+    TextObjective,
+)
+from stillroom_server.distillery.training.settings import TrainingSettings
+from stillroom_server.distillery.training.watching import watched
+from stillroom_shared.errors import DataError, SettingsError
+
+ROOT = Path(__file__).resolve().parents[3]
+QUICK = TrainingSettings(epochs=2, batch_size=8, learning_rate=1e-2, log_steps=2, bfloat16="off")
+ALIGN = LossesSettings.model_validate({"cosine": {"weight": 1}})
+
+
+class Kept(nn.Module):
+    """In the place of a composition: keeps the signals of the last batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = Signals()
+
+    def forward(self, signals: Signals, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
+        self.last = signals
+        return torch.zeros(()), {}
+
+
+@pytest.fixture(scope="module")
+def folder(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_towers: tuple[BertModel, BertModel],
+    tiny_tokenizer: PreTrainedTokenizerFast,
+) -> Path:
+    """A tower of 32 values with its tokenizer."""
+    found = tmp_path_factory.mktemp("tower")
+    tiny_towers[0].save_pretrained(found)
+    tiny_tokenizer.save_pretrained(found)
+    return found
+
+
+@pytest.fixture(scope="module")
+def bank(tmp_path_factory: pytest.TempPathFactory) -> Bank:
+    """Lessons with drawn vectors and scores."""
+    made = lessons(tmp_path_factory.mktemp("bank") / "lessons")
+    scores = np.random.default_rng(3).standard_normal((made.lists, CANDIDATES)).astype(np.float32)
+    return Bank(made, unit(len(made)), scores)
+
+
+def tokens(model: SentenceTransformer, texts: list[str]) -> dict[str, Tensor]:
+    return dict(model.preprocess(texts))
+
+
+def weights(model: nn.Module) -> Mapping[str, Tensor]:
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def test_each_text_once_an_epoch_beside_others_of_its_length(bank: Bank) -> None:
+    """Guards against texts that are never learned from, and against an order that is the same every epoch."""
+    rows = bank.lessons.rows("query")
+    found = text_set(bank.lessons, rows)
+    sampler = LikeLengths(found, 4, seed=1)
+    epochs = []
+    for epoch in range(2):
+        sampler.set_epoch(epoch)
+        epochs.append(list(sampler))
+    assert all(sorted(n for batch in batches for n in batch) == list(range(len(rows))) for batches in epochs)
+    assert epochs[0] != epochs[1] and epochs[0] == list(LikeLengths(found, 4, seed=1))
+    lengths = np.array(found[LENGTH])
+    spread = np.mean([np.ptp(lengths[batch]) for batch in epochs[0]])
+    assert spread < 0.3 * np.mean([np.ptp(lengths[start : start + 4]) for start in range(0, len(rows), 4)])
+
+
+def test_numbers_become_the_texts_that_they_stand_for(bank: Bank) -> None:
+    """Guards against candidates of another list, which would be learned as this query's."""
+    found: list[list[dict[str, Any]]] = []
+
+    def keep(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        found.append(rows)
+        return {}
+
+    reading = Reading(keep, bank.lessons, {"lists": "list"}, passages=True)
+    reading([list_set(bank.lessons, np.arange(20), whole=True)[n] for n in (3, 5)])
+    for number, row in zip((3, 5), found[0], strict=True):
+        assert row["query"] == bank.lessons.texts(bank.lessons.queries[[number]])[0]
+        listed = bank.lessons.texts(bank.lessons.passages[number])
+        assert [row[f"passage{place}"] for place in range(CANDIDATES)] == listed and row["label"] == number
+
+
+def test_signals_of_texts_are_their_own_vectors_and_the_teachers(folder: Path, bank: Bank) -> None:
+    """Guards against a target of another text, which trains without a complaint."""
+    student, kept = tower(folder), Kept()
+    rows = bank.lessons.rows("query")[:5]
+    texts = bank.lessons.texts(rows)
+    TextObjective(student, kept, bank, Clock())([tokens(student, texts)], torch.from_numpy(rows))  # type: ignore[arg-type]
+    assert kept.last.student_queries is not None and kept.last.teacher_queries is not None
+    np.testing.assert_allclose(kept.last.student_queries.detach(), student.encode(texts), atol=1e-5)
+    assert bank.vectors is not None
+    np.testing.assert_array_equal(kept.last.teacher_queries, bank.vectors[rows])
+
+
+@pytest.mark.parametrize("corpus", [False, True])
+def test_signals_of_lists_rank_the_candidates_they_name(folder: Path, bank: Bank, corpus: bool) -> None:
+    """Guards against scores, grades and teacher's scores that are of different passages."""
+    student, kept, numbers = tower(folder), Kept(), np.array([2, 9])
+    texts = bank.lessons.texts(bank.lessons.queries[numbers])
+    objective = ListObjective(student, kept, bank, Clock(), corpus=corpus)
+    objective([tokens(student, texts)], torch.from_numpy(numbers))
+    signals, queries = kept.last, student.encode(texts)
+    assert bank.vectors is not None and bank.scores is not None and signals.grades is not None
+    all_passages = bank.lessons.rows("passage")
+    for place, number in enumerate(numbers):
+        rows = all_passages if corpus else bank.lessons.passages[number]
+        expected = [float(queries[place] @ bank.vectors[row]) for row in rows]
+        np.testing.assert_allclose(signals.student_scores[place].detach(), expected, atol=1e-5)  # type: ignore[index]
+        relevant = bank.lessons.passages[number][0]
+        assert [row for row, grade in zip(rows, signals.grades[place], strict=True) if grade > 0] == [relevant]
+        query = bank.vectors[bank.lessons.queries[number]]
+        taught = [float(query @ bank.vectors[row]) for row in rows] if corpus else bank.scores[number]
+        np.testing.assert_allclose(signals.teacher_scores[place], taught, atol=1e-5)  # type: ignore[index]
+
+
+def test_both_towers_learn_from_lists_when_they_shall(folder: Path, bank: Bank) -> None:
+    """Guards against passages that are constants although the student was to embed them."""
+    student, kept, numbers = tower(folder), Kept(), np.array([1, 4])
+    columns = [bank.lessons.texts(bank.lessons.queries[numbers])]
+    columns += [bank.lessons.texts(bank.lessons.passages[numbers, place]) for place in range(CANDIDATES)]
+    objective = ListObjective(student, kept, Bank(bank.lessons), Clock())
+    objective([tokens(student, texts) for texts in columns], torch.from_numpy(numbers))
+    signals = kept.last
+    assert signals.student_passages is not None and signals.student_passages.requires_grad
+    assert signals.teacher_queries is None and signals.teacher_passages is None
+    for place in range(CANDIDATES):
+        np.testing.assert_allclose(
+            signals.student_passages[:, place].detach(), student.encode(columns[place + 1]), atol=1e-5
+        )
+
+
+def test_a_reranker_scores_each_candidate_with_its_own_query(folder: Path, bank: Bank) -> None:
+    """Guards against a pair whose query is another's: rows and columns exchanged."""
+    student, kept, numbers = reranker(folder), Kept(), np.array([0, 3, 8])
+    queries = bank.lessons.texts(bank.lessons.queries[numbers])
+    columns = [bank.lessons.texts(bank.lessons.passages[numbers, place]) for place in range(CANDIDATES)]
+    RerankObjective(student, kept, bank, Clock())([queries, *columns], torch.from_numpy(numbers))  # type: ignore[arg-type]
+    for row, query in enumerate(queries):
+        pairs = [(query, column[row]) for column in columns]
+        expected = student.predict(pairs, activation_fn=nn.Identity(), show_progress_bar=False)
+        np.testing.assert_allclose(kept.last.student_scores[row].detach(), expected, atol=1e-5)  # type: ignore[index]
+
+
+def test_late_interaction_scores_are_those_of_the_library(folder: Path, bank: Bank) -> None:
+    """Guards against padding that wins a MaxSim, and against candidates of another query."""
+    student, kept, numbers = late(folder), Kept(), np.array([0, 3])
+    queries = bank.lessons.texts(bank.lessons.queries[numbers])
+    columns = [bank.lessons.texts(bank.lessons.passages[numbers, place]) for place in range(CANDIDATES)]
+    features = [{**student.preprocess(queries, task="query"), "task": "query"}]
+    features += [{**student.preprocess(texts, task="document"), "task": "document"} for texts in columns]
+    LateObjective(student, kept, bank, Clock())(features, torch.from_numpy(numbers))  # type: ignore[arg-type]
+    for row, query in enumerate(queries):
+        asked = student.encode_query([query])
+        held = student.encode_document([column[row] for column in columns])
+        expected = student.similarity(asked, held)[0]
+        np.testing.assert_allclose(kept.last.student_scores[row].detach(), expected, atol=1e-4)  # type: ignore[index]
+
+
+def test_what_is_watched_is_what_transformers_returns(folder: Path) -> None:
+    """Guards against states of the wrong layer, and against attention that nobody sees because it is fused."""
+    student = tower(folder)
+    student.train(False)
+    read = tokens(student, ["open a zip file", "sort"])
+    with torch.no_grad(), watched(student, on=True) as seen:
+        student(dict(read))
+    bert = bert_of(student)
+    assert not any(part._forward_hooks for part in bert.modules())
+    with torch.no_grad():
+        expected = bert(**read, output_hidden_states=True, output_attentions=True)
+    assert seen is not None
+    for ours, theirs in zip(seen.states, expected.hidden_states, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    for ours, theirs in zip(seen.attentions, expected.attentions, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_alignment_brings_the_student_to_the_teacher(folder: Path, bank: Bank, tmp_path: Path) -> None:
+    """Guards against a trainer that runs to its end and changes nothing."""
+    student = tower(folder)
+    assert bank.vectors is not None
+    rows = bank.lessons.rows("query")
+    texts, targets = bank.lessons.texts(rows), bank.vectors[rows]
+    before = float((student.encode(texts) * targets).sum(1).mean())
+    training = QUICK.model_copy(update={"epochs": 20.0})
+    Curriculum(losses=ALIGN, training=training, bank=bank).learn(student, tmp_path)
+    assert float((student.encode(texts) * targets).sum(1).mean()) > before + 0.3
+    curves = list((tmp_path / "curves").glob("events.*"))
+    assert len(curves) == 1 and b"loss/cosine" in curves[0].read_bytes()
+
+
+@pytest.mark.parametrize("stop", [3, 9])
+def test_interrupted_and_resumed_it_ends_with_the_same_weights(
+    folder: Path, bank: Bank, tmp_path: Path, stop: int
+) -> None:
+    """Guards against a resumed run that sees texts twice, forgets its optimizer, or the projections of its losses."""
+    losses = LossesSettings.model_validate(
+        {"cosine": {"weight": 1, "warmup": 0.5}, "contrastive": {"weight": 0.1}, "matryoshka": {"dims": [8]}}
+    )
+    other = Bank(bank.lessons, unit(len(bank.lessons), 20), bank.scores)  # of another length: a projection is learned
+    training = QUICK.model_copy(update={"ranked": "listed", "towers": "both"})
+    curriculum = Curriculum(losses=losses, training=training, bank=other)
+
+    def interrupt(done: int, total: int) -> None:
+        if done == stop:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    whole, first, second = tower(folder), tower(folder), tower(folder)
+    curriculum.learn(whole, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        curriculum.learn(first, tmp_path / "parts", progress=interrupt)
+    steps: list[int] = []
+    curriculum.learn(second, tmp_path / "parts", progress=lambda done, total: steps.append(done))
+    assert steps[0] == stop + 1
+    for name, value in weights(whole).items():
+        assert torch.equal(value, weights(second)[name]), name
+    assert any(not torch.equal(value, weights(first)[name]) for name, value in weights(second).items())
+
+
+def test_a_loss_without_its_signal_is_refused_before_training(folder: Path, bank: Bank, tmp_path: Path) -> None:
+    """Guards against a run of hours that ends where the first list is read."""
+    curriculum = Curriculum(
+        losses=LossesSettings.model_validate({"margin_mse": {"weight": 1}}),
+        training=QUICK,
+        bank=Bank(bank.lessons, bank.vectors),
+    )
+    with pytest.raises(SettingsError, match="margin_mse"):
+        curriculum.learn(tower(folder), tmp_path)
+    with pytest.raises(SettingsError, match="name their teacher as `documents`"):
+        Curriculum(losses=ALIGN, training=QUICK, bank=Bank(bank.lessons)).learn(tower(folder), tmp_path)
+    with pytest.raises(DataError, match="vectors for"):
+        Bank(bank.lessons, unit(3))
+
+
+def test_rerankers_and_late_interaction_learn_their_teachers_order(folder: Path, bank: Bank, tmp_path: Path) -> None:
+    """Guards against a kind of student whose trainer was never run."""
+    losses = LossesSettings.model_validate({"listwise_kl": {"weight": 1}})
+    training = QUICK.model_copy(update={"epochs": 12.0, "learning_rate": 5e-3})
+    students: list[CrossEncoder | MultiVectorEncoder] = [reranker(folder), late(folder)]
+    for student in students:
+        values: list[float] = []
+        curriculum = Curriculum(losses=losses, training=training, bank=bank)
+        place = tmp_path / type(student).__name__
+        curriculum.learn(student, place)
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        events = EventAccumulator(str(place / "curves"))
+        events.Reload()
+        values = [point.value for point in events.Scalars("train/loss/listwise_kl")]
+        assert np.mean(values[-3:]) < 0.7 * np.mean(values[:3]), type(student)
+
+
+_SHARE = """
+import sys
+from pathlib import Path
+from tests.server.distillery.learners import lessons, tower, unit
+from stillroom_server.distillery.lessons import Lessons
+from stillroom_server.distillery.losses.settings import LossesSettings
+from stillroom_server.distillery.students.towers import bert_of
+from stillroom_server.distillery.training.bank import Bank
+from stillroom_server.distillery.training.curriculum import Curriculum
+from stillroom_server.distillery.training.settings import TrainingSettings
+from accelerate import PartialState
+
+model, data, out, accumulate = sys.argv[1:]
+found = Lessons.open(Path(data))
+losses = LossesSettings.model_validate({"cosine": {"weight": 1}})
+training = TrainingSettings(
+    epochs=2, batch_size=5, learning_rate=1e-2, bfloat16="off", accumulate=int(accumulate), schedule="constant"
+)
+student = tower(Path(model))
+Curriculum(losses=losses, training=training, bank=Bank(found, unit(len(found), 20))).learn(student, Path(out, "training"))
+if PartialState().is_main_process:
+    student.save_pretrained(out, create_model_card=False)
+"""
+
+
+def test_two_processes_train_like_one_that_takes_both_shares(folder: Path, tmp_path: Path) -> None:
+    """Guards against processes that each train alone, and against projections that drift apart."""
+    lessons(tmp_path / "lessons", queries=40)
+    program = tmp_path / "share.py"
+    program.write_text(_SHARE)
+    found = []
+    for processes in (1, 2):
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] if processes == 2 else []
+        out = tmp_path / str(processes)
+        command = [sys.executable, *launch, program, folder, tmp_path / "lessons", out, 3 - processes]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr[-3000:]
+        found.append(SentenceTransformer(str(out), device="cpu").encode(["open a zip file", "river bank"]))
+    np.testing.assert_allclose(found[0], found[1], atol=1e-4)
