@@ -92,7 +92,9 @@ def masked(tiny_tokenizer: PreTrainedTokenizerFast) -> BertForMaskedLM:
     torch.manual_seed(0)
     config = BertConfig(vocab_size=len(tiny_tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
                         intermediate_size=32, max_position_embeddings=24, initializer_range=0.5)  # fmt: skip
-    return BertForMaskedLM(config).eval()
+    model = BertForMaskedLM(config)
+    model.train(False)
+    return model
 
 
 def test_gibbs_draws_every_word_again_from_the_model(

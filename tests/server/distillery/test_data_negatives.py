@@ -171,11 +171,12 @@ def test_negatives_are_those_of_sentence_transformers(
     pairs = [(texts[one.query], texts[one.passages[0]]) for one in ours]
     corpus = lessons.texts(lessons.rows("passage"))
     window = {"range_min": settings.get("first", 0), "range_max": settings.get("last", 100)}
-    theirs = mine_hard_negatives(
+    library: Any = mine_hard_negatives  # takes what behaves like a SentenceTransformer
+    theirs = library(
         Dataset.from_dict({"query": [q for q, _ in pairs], "answer": [p for _, p in pairs]}),
         _Library(), corpus=corpus, num_negatives=4, output_format="n-tuple", verbose=False, **window,
         **{name: settings.get(name) for name in ("absolute_margin", "relative_margin")},
-    )  # type: ignore[arg-type]  # fmt: skip
+    )  # fmt: skip
     expected = {(row["query"], row["answer"]): [row[f"negative_{i}"] for i in range(1, 5)] for row in theirs}
     scores, place = products(lessons), {text: row for row, text in enumerate(texts)}
     compared = 0
@@ -287,10 +288,10 @@ def test_a_teacher_without_vectors_scores_what_words_find(lessons: Lessons, tmp_
         scored = [row for row in one.passages[1:] if row in looked_at]
         assert (teacher.score(query, [lessons.texts(scored)])[0] <= known - 0.1 * abs(known) + 1e-6).all()
     again = Lexical(lessons, tmp_path / "words")
-    query = lessons.rows("query")[:1]
-    words = set(lessons.texts(query)[0].rstrip("?").split())
-    best = lessons.texts(finder.find(query, 5)[0])
-    assert [list(rows) for rows in again.find(query, 5)] == [list(rows) for rows in finder.find(query, 5)]
+    asked = lessons.rows("query")[:1]
+    words = set(lessons.texts(asked)[0].rstrip("?").split())
+    best = lessons.texts(finder.find(asked, 5)[0])
+    assert [list(rows) for rows in again.find(asked, 5)] == [list(rows) for rows in finder.find(asked, 5)]
     assert all(words & set(text.split()) for text in best)
     rank = ranks(teacher, finder, lessons, judged, RoundTripSettings(top=5, candidates=30), tmp_path)
     assert (rank <= 5).any() and (rank > 5).any()

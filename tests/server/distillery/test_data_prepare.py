@@ -129,10 +129,10 @@ def test_a_run_cut_off_in_a_source_or_in_mining_goes_on(
     whole = prepare_lessons(settings, tmp_path / "whole", teacher=HashedWords())
 
     def broken(*_: Any, **__: Any) -> Any:
-        raise KeyboardInterrupt
+        raise InterruptedError
 
     for name in ("gather", "made_queries", "ranks", "mine"):
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        with monkeypatch.context() as patch, pytest.raises(InterruptedError):
             patch.setattr(prepare, name, broken)
             prepare_lessons(settings, tmp_path / "out", teacher=HashedWords())
         assert not (tmp_path / "out").exists()

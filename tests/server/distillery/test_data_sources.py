@@ -10,6 +10,7 @@ import tracemalloc
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -80,7 +81,7 @@ def test_test_queries_are_never_read(zoo: Path, tmp_path: Path) -> None:
     assert len(passages(train)) == len(ANIMALS)
     assert "Tapir\nThe tapir eats leaves near the river." in passages(train)
     with pytest.raises(ValueError, match="test"):
-        SourceSettings(kind="beir", data=str(zoo), splits=("test",))  # type: ignore[arg-type]
+        SourceSettings(kind="beir", data=str(zoo), splits=("test",))
     only_test = beir(tmp_path / "measured", {"test": [("q-tapir", "tapir", 1)]})
     with pytest.raises(DataError, match=r"has no train judgements.*never learned from, set use to passages"):
         read(SourceSettings(kind="beir", data=str(only_test)), tmp_path / "refused")
@@ -206,13 +207,13 @@ def test_a_data_set_on_the_hub_is_pinned(monkeypatch: pytest.MonkeyPatch, tmp_pa
     """A data set that changes between two runs changes the release, and its manifest would not say so."""
     with pytest.raises(DataError, match=r"cannot be looked up on the hub.*or give a folder"):
         read(SourceSettings(kind="huggingface", data="nobody/nothing"), tmp_path / "offline")
-    local, asked = parquet(tmp_path / "train.parquet", {"query": ["a b"], "passage": ["c"]}), {}
+    local = parquet(tmp_path / "train.parquet", {"query": ["a b"], "passage": ["c"]})
+    asked: dict[str, object] = {}
     monkeypatch.setattr(huggingface, "_on_the_hub", lambda settings: ("c0ffee", "cc-by-4.0"))
-    real = huggingface.load_dataset
 
     def loads(place: str, *, split: str, streaming: bool, **arguments: object) -> object:
         asked.update(arguments, place=place)
-        return real("parquet", data_files=str(local), split=split, streaming=streaming)
+        return datasets.load_dataset("parquet", data_files=str(local), split=split, streaming=streaming)
 
     monkeypatch.setattr(huggingface, "load_dataset", loads)
     facts = read(SourceSettings(kind="huggingface", data="zoo/animals"), tmp_path / "out").description["about"]

@@ -142,7 +142,7 @@ class Generator:
             logits_processor=LogitsProcessorList([Sampled(self._warpers(), torch.from_numpy(uniforms).to(device))]),
         )
         start = 0 if self._pairs else inputs["input_ids"].shape[1]
-        return cast(list[str], self.tokenizer.batch_decode(output[:, start:], skip_special_tokens=True))
+        return self.tokenizer.batch_decode(output[:, start:], skip_special_tokens=True)
 
     def _warpers(self) -> list[Any]:
         settings = self.settings
@@ -164,7 +164,7 @@ class Generator:
         return cast(str, self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
 
 
-class Sampled(LogitsProcessor):  # type: ignore[misc]
+class Sampled(LogitsProcessor):
     """Leaves one token of each row: that where the cumulated probability passes the row's number of this step.
 
     Greedy decoding then samples exactly from the warped distribution, row by row.

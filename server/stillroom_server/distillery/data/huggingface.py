@@ -92,8 +92,7 @@ def _on_the_hub(settings: SourceSettings) -> tuple[str, str]:
             f"source {settings.title!r}: {settings.data} is no folder here and cannot be looked up on the hub "
             f"({type(error).__name__}: {error}): check the name and the network, or give a folder"
         ) from error
-    card = info.card_data.to_dict() if info.card_data else {}
-    return str(info.sha), settings.licence or str(card.get("license") or "")
+    return str(info.sha), settings.licence or str(getattr(info.card_data, "license", None) or "")
 
 
 def _hash_of(paths: list[Path]) -> str:
@@ -128,4 +127,4 @@ def _texts(value: object, title: str, row: int, column: str) -> tuple[str, ...]:
             f"source {title!r}, row {row}, column {column!r}: {str(wrong[0])[:40]!r} is a {type(wrong[0]).__name__}, "
             "not text: name another column"
         )
-    return tuple(one or "" for one in values)
+    return tuple(str(one or "") for one in values)

@@ -159,8 +159,9 @@ class _Preparation:
         )
         if folder.exists():
             return Lessons.open(folder)
+        about: dict[str, Any] = {}
         rows = chosen_passages(gathered, settings.passages, seed=self.settings.seed)
-        with LessonsWriter(folder, candidates=1, about=(about := {})) as writer:  # type: ignore[var-annotated]
+        with LessonsWriter(folder, candidates=1, about=about) as writer:
             add(writer, gathered, same_sources(writer, gathered))
             for number, kind in enumerate(settings.makers):
                 one = maker(kind, settings, seed=self.settings.seed)

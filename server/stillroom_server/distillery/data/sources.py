@@ -88,8 +88,8 @@ def _beir(settings: SourceSettings, intake: Intake, seed: int, progress: Progres
             f"source {settings.title!r}: {folder} has no {' or '.join(settings.splits)} judgements, only "
             f"{', '.join(files.qrels)}; test queries are never learned from, set use to passages"
         )
-    for row in (row for split in found for row in read_judgements(files, split)):
-        wanted.setdefault(row.query, []).append((row.passage, row.score))
+    for one in (one for split in found for one in read_judgements(files, split)):
+        wanted.setdefault(one.query, []).append((one.passage, one.score))
     rows = _queries(settings, intake, seed, files.queries, wanted)
     facts: Facts = {"splits": found}
     if settings.use == "queries":
@@ -204,9 +204,9 @@ def _versions(packages: tuple[str, ...]) -> dict[str, dict[str, str]]:
         if package == STANDARD_LIBRARY:
             known[package] = {"version": platform.python_version(), "licence": "PSF-2.0"}
         elif names := distributions.get(package):
-            described = importlib.metadata.metadata(names[0])
-            licence = described.get("License-Expression") or described.get("License") or "not stated"
-            known[package] = {"version": described["Version"], "licence": licence.partition("\n")[0][:80]}
+            described = importlib.metadata.metadata(names[0]).json
+            licence = str(described.get("license_expression") or described.get("license") or "not stated")
+            known[package] = {"version": str(described["version"]), "licence": licence.partition("\n")[0][:80]}
         else:
             raise DataError(f"package {package!r} is not installed: install it, or leave it out of `packages`")
     return known

@@ -77,7 +77,7 @@ def chosen_passages(lessons: Lessons, limit: int | None, *, seed: int) -> NDArra
         marks[start : start + len(numbers)] = numbers
         for number in numbers:
             lowest.offer(number)
-    return rows[np.fromiter((int(number) in lowest for number in marks), bool, len(rows))]
+    return np.asarray(rows[np.fromiter((int(number) in lowest for number in marks), bool, len(rows))])
 
 
 def made_queries(

@@ -21,7 +21,7 @@ from stillroom_server.distillery.lessons import Lessons
 from stillroom_server.distillery.teachers.base import Embedder, FloatArray, Role
 from stillroom_shared.errors import DataError
 
-PIECE = 2_048
+PIECE = 512
 """Texts between two saves."""
 BLOCK = 16_384
 """Passages in one matrix product."""
@@ -35,7 +35,7 @@ class Vectors:
 
     Attributes:
         rows: rows in the lessons, ascending, (texts,).
-        pieces: mapped into memory, each (at most 2,048, dimension).
+        pieces: mapped into memory, each (at most 512, dimension).
     """
 
     rows: NDArray[np.int64]
@@ -80,7 +80,7 @@ def vectors_of(
     for number, start in enumerate(range(0, len(rows), PIECE)):
         piece = rows[start : start + PIECE]
         table = shards.get(number, lambda piece=piece: _piece(embedder, lessons, piece, role))  # type: ignore[misc]
-        values = table["vector"].combine_chunks()
+        [values] = table["vector"].chunks  # `combine_chunks` would copy what is only mapped
         pieces.append(values.flatten().to_numpy(zero_copy_only=True).reshape(len(piece), -1))
         progress(start + len(piece), len(rows))
     return Vectors(rows, pieces)
