@@ -5,9 +5,9 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import subprocess
-from pathlib import Path
 from typing import Any
 
+from stillroom_shared.processor import processor_name
 from stillroom_simulations.intervals import Interval
 from stillroom_simulations.results import Ratio
 
@@ -44,13 +44,7 @@ def versions() -> dict[str, str]:
 
 def machine(threads: int) -> str:
     """Processor, threads, system and Python."""
-    model = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
-    except OSError:
-        pass
-    return f"{model}, {threads} threads, {platform.system()}, Python {platform.python_version()}"
+    return f"{processor_name()}, {threads} threads, {platform.system()}, Python {platform.python_version()}"
 
 
 def _installed(name: str) -> bool:
