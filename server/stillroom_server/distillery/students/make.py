@@ -41,6 +41,7 @@ from stillroom_server.distillery.students.towers import (
     with_tower,
     without_dropout,
 )
+from stillroom_server.distillery.students.vocabulary import trim_vocabulary
 from stillroom_shared.errors import SettingsError
 
 
@@ -50,11 +51,20 @@ def make_student(settings: StudentSettings, teacher: Model, texts: Sequence[str]
     Args:
         teacher: a bi-encoder for towers, static tables and late interaction (or a late-interaction model for the last); a
             cross-encoder for a reranker, or a bi-encoder whose tower it begins from, with a head that has learned nothing.
-        texts: public texts in which a static student counts tokens; other kinds leave them alone.
+        texts: public texts in which a static student counts tokens, and whose tokens a smaller vocabulary keeps; read for
+            nothing else.
 
     Raises:
         SettingsError: the teacher is of another kind, or lacks what the settings want of it.
+        DataError: the vocabulary is to be smaller, and there are no texts.
     """
+    student = _with_all_tokens(settings, teacher, texts)
+    if settings.vocabulary is None or settings.vocabulary >= len(student.tokenizer.get_vocab()):
+        return student
+    return trim_vocabulary(student, texts, size=settings.vocabulary).student
+
+
+def _with_all_tokens(settings: StudentSettings, teacher: Model, texts: Sequence[str]) -> Model:
     if settings.kind == "reranker":
         return _reranker(settings, teacher)
     if settings.kind == "late-interaction":

@@ -28,6 +28,9 @@ class StudentSettings(Group):
     embeddings: Literal["teacher", "random"] = Field(
         "teacher", description="what the embeddings from scratch begin as: the teacher's, narrowed by SVD, or noise"
     )
+    vocabulary: int | None = Field(
+        None, ge=1, description="most tokens that are kept, those that public texts use; none: the teacher's vocabulary"
+    )
     rank: int | None = Field(
         None, ge=1, description="static: numbers kept of a token, mapped back to the teacher's space; none: all of them"
     )
