@@ -33,11 +33,12 @@ from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Dense
 
+from stillroom_server.bert_graph import INPUTS
 from stillroom_server.distillery.architecture.result import Measured
 from stillroom_server.distillery.students.make import make_student
 from stillroom_server.distillery.students.settings import StudentSettings
 from stillroom_server.distillery.students.towers import bert_of
-from stillroom_server.export import INPUTS, export, quantize
+from stillroom_server.export import export, quantize
 from stillroom_shared.errors import DataError, SettingsError
 
 Feed = dict[str, Any]

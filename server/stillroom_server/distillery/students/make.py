@@ -61,7 +61,8 @@ def make_student(settings: StudentSettings, teacher: Model, texts: Sequence[str]
     student = _with_all_tokens(settings, teacher, texts)
     if settings.vocabulary is None or settings.vocabulary >= len(student.tokenizer.get_vocab()):
         return student
-    return trim_vocabulary(student, texts, size=settings.vocabulary).student
+    smaller: Model = trim_vocabulary(student, texts, size=settings.vocabulary).student  # type: ignore[type-var]
+    return smaller
 
 
 def _with_all_tokens(settings: StudentSettings, teacher: Model, texts: Sequence[str]) -> Model:
