@@ -130,7 +130,8 @@ def hidden_states(graph: Graph, tower: BertModel, *, out: str, adapter: Adapter 
         narrow = graph.linear(wide, layer.output.dense, f"{name}.output.dense")
         summed = graph.add("Add", narrow, x, out=f"{name}.output.sum")
         x = graph.normalized(summed, layer.output.LayerNorm, f"{name}.output.LayerNorm")
-    if isinstance(last := getattr(tower, "projection", None), nn.Linear):
+    last = projection_of(tower)
+    if last is not None:
         x = graph.linear(x, last, "projection")
     shape = graph.add("Concat", size, graph.constant("width", [output_width(tower)]), out="size.states", axis=0)
     return graph.add("Reshape", x, shape, out=out)
@@ -138,8 +139,14 @@ def hidden_states(graph: Graph, tower: BertModel, *, out: str, adapter: Adapter 
 
 def output_width(tower: BertModel) -> int:
     """Length of the vectors that a tower gives: its width, or what it is projected to."""
+    last = projection_of(tower)
+    return int(tower.config.hidden_size) if last is None else last.out_features
+
+
+def projection_of(tower: BertModel) -> nn.Linear | None:
+    """The linear map at the end of a tower that has one."""
     last = getattr(tower, "projection", None)
-    return last.out_features if isinstance(last, nn.Linear) else int(tower.config.hidden_size)
+    return last if isinstance(last, nn.Linear) else None
 
 
 def _embedded(graph: Graph, tower: BertModel) -> str:

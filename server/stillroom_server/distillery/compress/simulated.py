@@ -38,6 +38,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import BertModel
 
+from stillroom_server.bert_graph import projection_of
 from stillroom_shared.errors import SettingsError
 
 _WEIGHT_STEPS = 64  # 7 bits: pairs of products are added in 16 bits by CPUs without VNNI
@@ -50,7 +51,9 @@ class Simulation:
     """What `simulate_int8` put on a tower; `remove()` takes it off, as does leaving a `with` block."""
 
     def __init__(self, tower: BertModel) -> None:
+        last = projection_of(tower)
         projections = [module for module in tower.encoder.modules() if isinstance(module, nn.Linear)]
+        projections += [] if last is None else [last]
         if any("forward" in vars(module) for module in projections):
             raise SettingsError("int8 is simulated on this tower already: remove it first")
         self._changed: list[nn.Module] = []
