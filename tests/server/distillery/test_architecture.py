@@ -282,7 +282,9 @@ def test_a_recipe_takes_the_table_that_a_search_wrote(tmp_path: Path) -> None:
 
     shape: Shape = {"depth": 2, "width": 96, "heads": 4, "feed_forward": 256, "vocabulary": 5_000}
     base = StudentSettings(tokens=24, embeddings="random", freeze_embeddings=False, freeze_layers=(0,), seed=3)
-    for student in (student_of(base, shape), student_of(StudentSettings(), shape | {"vocabulary": None})):
+    shaped = student_of(base, shape)
+    assert shaped == base.model_copy(update={"init": "scratch", **shape}), "all else stays"
+    for student in (shaped, student_of(StudentSettings(), shape | {"vocabulary": None})):
         path = tmp_path / "architecture.toml"
         path.write_text(student_toml(student))
         assert load(Holder(), path, {}).student == student

@@ -18,6 +18,7 @@ from stillroom_server.distillery.architecture.settings import ArchitectureSettin
 from stillroom_server.distillery.lessons import Lessons, LessonsWriter
 from stillroom_server.distillery.students.make import make_student
 from stillroom_server.distillery.students.settings import StudentSettings
+from stillroom_server.distillery.students.size import size_of
 from stillroom_server.distillery.training.bank import Bank
 from stillroom_server.distillery.training.settings import TrainingSettings
 from stillroom_shared.errors import DataError, SettingsError
@@ -33,6 +34,7 @@ BASE = StudentSettings(tokens=16, freeze_embeddings=False)
 STUDENT = StudentSettings(
     init="scratch", depth=1, width=16, heads=2, feed_forward=32, tokens=16, freeze_embeddings=False
 )
+DEEP = STUDENT.model_copy(update={"depth": 6, "width": 32, "feed_forward": 512})
 TRAINING = TrainingSettings(batch_size=8, learning_rate=1e-2, bfloat16="off", save_minutes=60)
 
 
@@ -92,9 +94,9 @@ def test_a_shape_is_measured_as_its_int8_file_runs(teacher: SentenceTransformer)
     """Guards against sizes of float32 files, a vocabulary that is not trimmed, and a ratio that is turned around."""
     latency = Latency(teacher, ["open the file", "tapir eats leaves"], WORDS, blocks=3)
     small = latency(STUDENT)
-    deep = latency(STUDENT.model_copy(update={"depth": 6, "width": 32, "feed_forward": 512}))
+    deep = latency(DEEP)
     trimmed = latency(STUDENT.model_copy(update={"vocabulary": 105}))
-    assert trimmed.bytes < small.bytes < deep.bytes
+    assert trimmed.bytes < small.bytes < deep.bytes < size_of(make_student(DEEP, teacher)).float32_bytes / 2
     assert deep.milliseconds > 1.5 * small.milliseconds > 0 < small.teacher_milliseconds
     assert deep.ratio == deep.milliseconds / deep.teacher_milliseconds > small.ratio
     with pytest.raises(DataError, match="no queries"):
@@ -148,6 +150,9 @@ def test_no_trial_learns_from_the_queries_that_judge_it(
     assert set(bank.lessons.queries[proxy.held_out.lists]) == set(proxy.held_out.rows)
     few = Alignment(teacher, bank, SETTINGS, TRAINING, tmp_path)
     assert len(few.texts) == 60 and few.texts != proxy.texts
+    learned = few._curriculum.bank
+    again = teacher.encode(learned.lessons.texts(slice(None)), normalize_embeddings=True, show_progress_bar=False)
+    np.testing.assert_allclose(learned.vectors_of(np.arange(60)).numpy(), again, atol=1e-5)
     with pytest.raises(DataError, match="vectors"):
         Alignment(teacher, Bank(bank.lessons), SETTINGS, TRAINING, tmp_path)
 
@@ -164,10 +169,11 @@ def test_a_trial_learns_is_judged_on_the_way_and_can_be_stopped(
     assert quality == pytest.approx((report.figures["cosine"] + report.figures["ndcg_share"]) / 2)
     [(step, halfway)] = report.steps.items()
     assert step == 16 and before < halfway, "60 texts in batches of 8, 4 times, are 32 steps"
-    stopped = Told(stop_at=16)
-    assert np.isnan(proxy(STUDENT, stopped))  # type: ignore[arg-type]
-    assert stopped.steps == report.steps
-    assert not list(tmp_path.rglob("checkpoint-*"))
+    often, saving = SETTINGS.model_copy(update={"evaluations": 8}), TRAINING.model_copy(update={"save_minutes": 1e-9})
+    stopped, shorter = Told(stop_at=4), Alignment(teacher, bank, often, saving, tmp_path)
+    assert np.isnan(shorter(STUDENT, stopped))  # type: ignore[arg-type]
+    assert set(stopped.steps) == {4} and list(tmp_path.rglob("curves"))
+    assert not list(tmp_path.rglob("checkpoint-*")), "nobody goes on from a trial that is over"
 
 
 def test_a_tower_is_found_and_written_as_a_recipe_takes_it(
