@@ -120,7 +120,9 @@ def hidden_states(graph: Graph, tower: BertModel, *, out: str, adapter: Adapter 
     for number, layer in enumerate(tower.encoder.layer):
         assert isinstance(layer, BertLayer)
         name = f"encoder.layer.{number}"
-        context = _attended(graph, x, mask, size, layer.attention.self, f"{name}.attention.self", number, adapter)
+        attention = layer.attention.self
+        assert isinstance(attention, BertSelfAttention)
+        context = _attended(graph, x, mask, size, attention, f"{name}.attention.self", number, adapter)
         projected = graph.linear(context, layer.attention.output.dense, f"{name}.attention.output.dense")
         summed = graph.add("Add", projected, x, out=f"{name}.attention.output.sum")
         x = graph.normalized(summed, layer.attention.output.LayerNorm, f"{name}.attention.output.LayerNorm")

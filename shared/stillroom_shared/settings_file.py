@@ -60,9 +60,17 @@ def load(
     for key, text in overrides.items():
         field = _known(key, known)
         given[key] = _from_text(field.annotation, text) if field else text
+    tables = [
+        key for key, value in given.items() if value == {} and _holds(key, known)
+    ]  # `[teachers.large]`, all default
+    given = {key: value for key, value in given.items() if key not in tables}
     if unknown := [key for key in given if _known(key, known) is None]:
         raise SettingsError("\n".join(_unknown(key, known) for key in unknown))
     tree = defaults.model_dump(mode="json")
+    for key in tables:
+        table = tree
+        for group in key.split("."):
+            table = table.setdefault(group, {})
     for key, value in {**preset(given), **given}.items():
         *groups, name = key.split(".")
         table, field = tree, _known(key, known)
@@ -157,6 +165,13 @@ def _bare(annotation: Any) -> Any:
     return get_args(annotation)[0] if hasattr(annotation, "__metadata__") else annotation
 
 
+def _holds(key: str, known: Mapping[str, FieldInfo]) -> bool:
+    """Whether a key names a table of settings."""
+    parts = key.split(".")
+    starts = (one.split(".")[: len(parts)] for one in known if one.count(".") >= len(parts))
+    return any(all(own in (part, ANY) for own, part in zip(start, parts, strict=True)) for start in starts)
+
+
 def _may_be_none(annotation: Any) -> bool:
     return type(None) in get_args(annotation)
 
@@ -205,7 +220,7 @@ def _read(path: Path) -> Iterator[tuple[str, object]]:
 
 def _flat(tables: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
     for name, value in tables.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and value:
             yield from _flat(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value

@@ -173,6 +173,18 @@ class Animal(Group):
     legs: int = Field(ge=0, description="how many it stands on")
 
 
+class Stone(Group):
+    """One of a quarry."""
+
+    weight: float = Field(1.0, gt=0, description="in kg")
+
+
+class Quarry(Group):
+    """Stones under names."""
+
+    stones: dict[str, Stone] = Field(default_factory=dict, description="by name")
+
+
 class Zoo(Group):
     """Animals under names of the file's choice."""
 
@@ -198,3 +210,11 @@ def test_named_tables_take_any_name_and_nothing_else(tmp_path: Path) -> None:
         path.write_text(text)
         with pytest.raises(SettingsError, match=re.escape(words)):
             load(Zoo(), path, {})
+
+
+def test_a_named_table_without_a_word_is_there_with_its_defaults(tmp_path: Path) -> None:
+    """Guards against a teacher that is named, keeps every default, and is silently not there."""
+    path = write(tmp_path, "[stones.flint]\n")
+    assert load(Quarry(), path, {}).stones == {"flint": Stone()}
+    with pytest.raises(SettingsError, match="setting stone is unknown"):
+        load(Quarry(), write(tmp_path, "[stone]\n"), {})

@@ -4,7 +4,7 @@
     documents         the teacher whose vectors passages keep, and in whose space the student's queries lie
     scorers           the teachers whose scores are learned
     begins            the teacher whose weights the student begins with
-    [data] [teach] [student] [losses] [training] [pruning] [compress]
+    [data] [teach] [student] [losses] [training] [pruning] [compress] [architecture]
 
 Ready ones lie in `recipes/`; `stillroom distill recipes` lists them. Values after `--set` win.
 """
@@ -17,6 +17,7 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
+from stillroom_server.distillery.architecture.settings import ArchitectureSettings
 from stillroom_server.distillery.compress.quantize import CompressSettings
 from stillroom_server.distillery.data.settings import DataSettings
 from stillroom_server.distillery.losses.settings import LossesSettings
@@ -52,6 +53,8 @@ class Recipe(Group):
     training: TrainingSettings = TrainingSettings()
     pruning: PruningSettings = PruningSettings()
     compress: CompressSettings = CompressSettings()
+    searches: bool = Field(False, description="find the student's shape first, as `architecture` says")
+    architecture: ArchitectureSettings = ArchitectureSettings()
     seed: int = Field(0, ge=0, description="of everything; the seeds of single groups are added to it")
 
     @model_validator(mode="after")
@@ -62,6 +65,10 @@ class Recipe(Group):
         for place, name in named.items():
             if name is not None and name not in self.teachers:
                 raise ValueError(f"{place} is {name!r}: the teachers are {', '.join(self.teachers)}")
+        if self.searches and (self.documents is None or self.student.kind != "tower"):
+            raise ValueError(
+                "searches: shapes of towers are compared in the space of `documents`: name it, and kind tower"
+            )
         if self.documents is not None and self.teachers[self.documents].kind != "bi-encoder":
             kind = self.teachers[self.documents].kind
             raise ValueError(

@@ -4,6 +4,7 @@
     teach     a cross-encoder is fine-tuned, where a teacher is it  OUT/taught
     vectors   of all texts, by the teacher of `documents`           OUT/vectors.npy
     scores    of all lists, by the teachers of `scorers`            OUT/scores.npy
+    search    the student's shape, where the recipe searches it     OUT/search
     train     the student, and pruning with training in between     OUT/student, OUT/training
     export    ONNX files, sizes, sources                            OUT/model, OUT/model/distillation.json
 
@@ -15,7 +16,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import count
@@ -27,6 +29,7 @@ from accelerate.utils import broadcast_object_list
 from numpy.typing import NDArray
 from sentence_transformers import CrossEncoder, MultiVectorEncoder, SentenceTransformer
 
+from stillroom_server.distillery.architecture.run import search_architecture
 from stillroom_server.distillery.data.prepare import prepare_lessons
 from stillroom_server.distillery.exporting import export_model
 from stillroom_server.distillery.lessons import Lessons
@@ -34,6 +37,7 @@ from stillroom_server.distillery.recipe import TAUGHT, Recipe
 from stillroom_server.distillery.scores import ScoreCache, score_lessons
 from stillroom_server.distillery.students.iterate import prune_iteratively
 from stillroom_server.distillery.students.make import make_student
+from stillroom_server.distillery.students.settings import StudentSettings
 from stillroom_server.distillery.students.size import size_of
 from stillroom_server.distillery.teachers.base import Embedder, Teacher
 from stillroom_server.distillery.teachers.bi_encoder import BiEncoder
@@ -52,11 +56,12 @@ _OUTPUTS: Mapping[str, tuple[str, ...]] = {
     "teach": ("taught",),
     "vectors": ("vectors.npy",),
     "scores": ("scores.npy",),
+    "search": ("search",),
     "train": ("student", "training"),
     "export": ("model",),
 }
-_STATIC_TEXTS = 50_000
-"""Texts in which a static student counts tokens before it begins."""
+_COUNTED_TEXTS = 50_000
+"""Texts in which tokens are counted."""
 _EXPORT_TEXTS = 1_024
 """Queries that files are compared and calibrated on."""
 STAGES: Mapping[str, float] = {
@@ -64,6 +69,7 @@ STAGES: Mapping[str, float] = {
     "teach": 300.0,
     "vectors": 120.0,
     "scores": 120.0,
+    "search": 1200.0,
     "train": 600.0,
     "export": 30.0,
 }
@@ -96,6 +102,7 @@ class Run:
             "teach": self._teach,
             "vectors": self._embed,
             "scores": self._score,
+            "search": self._search,
             "train": self._train,
             "export": self._export,
         }
@@ -126,7 +133,9 @@ class Run:
         return skipped
 
     def _prepare(self, stage: Stage) -> None:
-        prepare_lessons(self.recipe.data, self.out / "lessons", teacher=self._miner, progress=stage)
+        data = self.recipe.data
+        data = data.model_copy(update={"seed": data.seed + self.recipe.seed})
+        prepare_lessons(data, self.out / "lessons", teacher=self._miner, progress=stage)
 
     def _teach(self, stage: Stage) -> None:
         teach(self.lessons, self.recipe.teach, self.out / "taught", progress=stage)
@@ -143,6 +152,20 @@ class Run:
             normalisation=self.recipe.normalisation,
         )
         score_lessons(together, lessons, ScoreCache(self.cache), self.out / "scores.npy", progress=stage)
+
+    def _search(self, stage: Stage) -> None:
+        found = search_architecture(
+            self.recipe.architecture,
+            self._seeded(self.recipe.student),
+            self.out / "search",
+            teacher=cast(BiEncoder, self._teacher(cast(str, self.recipe.documents))).model,
+            bank=self._curriculum.bank,
+            training=self.recipe.training,
+            texts=self._counted,
+            progress=stage,
+        )
+        best = found.best.student
+        stage.note(f"{len(found.trials)} shapes, best: {best.depth} layers of {best.width}, {best.heads} heads")
 
     def _train(self, stage: Stage) -> None:
         curriculum, student = self._curriculum, self._new_student()
@@ -184,11 +207,25 @@ class Run:
         )
 
     def _new_student(self) -> Student:
-        settings = self.recipe.student
-        settings = settings.model_copy(update={"seed": settings.seed + self.recipe.seed})
-        teacher = self._teacher(self.recipe.origin)
-        texts = self.lessons.texts(slice(0, _STATIC_TEXTS)) if settings.kind == "static" else ()
-        return make_student(settings, cast(Any, teacher).model, texts)
+        settings = self._seeded(self.recipe.student)
+        if self.recipe.searches:
+            found = tomllib.loads((self.out / "search" / "architecture.toml").read_text())
+            settings = StudentSettings.model_validate(found["student"])
+        return make_student(settings, cast(Any, self._teacher(self.recipe.origin)).model, self._counted)
+
+    def _seeded(self, settings: StudentSettings) -> StudentSettings:
+        return settings.model_copy(update={"seed": settings.seed + self.recipe.seed})
+
+    @cached_property
+    def _counted(self) -> Sequence[str]:
+        """Texts whose tokens a static table counts and a smaller vocabulary keeps; none where neither is asked for."""
+        student = self.recipe.student
+        asked = (
+            student.kind == "static"
+            or student.vocabulary
+            or (self.recipe.searches and self.recipe.architecture.vocabulary)
+        )
+        return self.lessons.texts(slice(0, _COUNTED_TEXTS)) if asked else ()
 
     def _pruned(self, student: Student, stage: Stage) -> Student:
         """The student after pruning, each step followed by training in a folder of its own."""
@@ -246,6 +283,7 @@ class Run:
             "teach": recipe["teach"],
             "vectors": [teachers, self.recipe.documents],
             "scores": [teachers, self.recipe.scoring, self.recipe.normalisation],
+            "search": [recipe[part] for part in ("architecture", "student", "training", "seed")],
             "train": [recipe[part] for part in ("student", "losses", "training", "pruning", "seed", "begins")],
             "export": recipe["compress"],
         }
@@ -264,6 +302,7 @@ def planned(recipe: Recipe) -> list[str]:
         "teach": recipe.teaches_first,
         "vectors": recipe.documents is not None,
         "scores": recipe.learns_scores,
+        "search": recipe.searches,
     }
     return [name for name in STAGES if wanted.get(name, True)]
 

@@ -258,7 +258,7 @@ def test_a_loss_without_its_signal_is_refused_before_training(folder: Path, bank
     )
     with pytest.raises(SettingsError, match="margin_mse"):
         curriculum.learn(tower(folder), tmp_path)
-    with pytest.raises(SettingsError, match="name their teacher as `documents`"):
+    with pytest.raises(SettingsError, match="cosine needs teacher_queries"):
         Curriculum(losses=ALIGN, training=QUICK, bank=Bank(bank.lessons)).learn(tower(folder), tmp_path)
     with pytest.raises(DataError, match="vectors for"):
         Bank(bank.lessons, unit(3))

@@ -1,0 +1,155 @@
+"""Recipes: that each ready one is whole, what is refused, and that a run does every stage once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+from rich.console import Console
+from sentence_transformers import CrossEncoder, SentenceTransformer
+from tests.server.distillery.learners import WORDS
+from transformers import BertModel, PreTrainedTokenizerFast
+
+from stillroom_server.distillery.lessons import Lessons
+from stillroom_server.distillery.recipe import Recipe, load_recipe, ready
+from stillroom_server.distillery.run import STAGES, Run, load_student, planned
+from stillroom_shared.errors import SettingsError
+from stillroom_shared.progress import Progress
+
+NAMED = {
+    "align", "colbert", "data-free", "listwise", "margin-mse", "matryoshka", "multi-teacher", "rerank",
+    "search-architecture", "synthetic",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def teacher(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_towers: tuple[BertModel, BertModel],
+    tiny_tokenizer: PreTrainedTokenizerFast,
+) -> Path:
+    """A bi-encoder of two layers."""
+    from tests.server.distillery.learners import tower
+
+    found = tmp_path_factory.mktemp("teacher")
+    tiny_towers[1].save_pretrained(found / "tower")
+    tiny_tokenizer.save_pretrained(found / "tower")
+    tower(found / "tower").save_pretrained(str(found / "model"), create_model_card=False)
+    return found / "model"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A BEIR folder of 40 passages, each with a query of its own words."""
+    folder, generator = tmp_path_factory.mktemp("data") / "words", np.random.default_rng(0)
+    (folder / "qrels").mkdir(parents=True)
+    rows = {name: list[str]() for name in ("corpus.jsonl", "queries.jsonl", "qrels/train.tsv")}
+    for number in range(40):
+        words = [*generator.choice(WORDS, 8), str(number)]
+        rows["corpus.jsonl"].append(json.dumps({"_id": f"p{number}", "text": " ".join(words) + "."}))
+        rows["queries.jsonl"].append(json.dumps({"_id": f"q{number}", "text": " ".join([*words[:3], str(number)])}))
+        rows["qrels/train.tsv"].append(f"q{number}\tp{number}\t1")
+    for name, lines in rows.items():
+        (folder / name).write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def recipe(text: str, teacher: Path, data: Path, folder: Path) -> Recipe:
+    path = folder / "recipe.toml"
+    source = f'[[data.sources]]\nkind = "beir"\ndata = "{data}"\n[teachers.minilm]\nmodel = "{teacher}"\n'
+    common = {"training.epochs": "1", "training.batch_size": "8", "student.layers": "0", "student.tokens": "16"}
+    path.write_text(text + source)
+    return load_recipe(str(path), common)
+
+
+def finished(run: Run) -> str:
+    """What the terminal shows."""
+    console = Console(record=True, width=120)
+    run.all_stages(Progress({name: STAGES[name] for name in planned(run.recipe)}, console=console))
+    return console.export_text()
+
+
+def test_every_ready_recipe_loads_and_says_what_it_makes() -> None:
+    """Guards against a recipe that is shipped and names a setting that is gone."""
+    assert set(ready()) == NAMED
+    for name in ready():
+        assert len(load_recipe(name, {}).about) > 20, name
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "names no teacher"),
+        ("documents = 'nobody'\n[teachers.minilm]\n", "documents is 'nobody': the teachers are minilm"),
+        ("scorers = ['x']\n[teachers.minilm]\n", r"scorers\[0\] is 'x'"),
+        ("documents = 'words'\n[teachers.words]\nkind = 'bm25'\n", "only a bi-encoder has a vector for each passage"),
+        ("searches = true\n[teachers.minilm]\n", "in the space of `documents`"),
+        ("[teachers.minilm]\n[losses.align]\nweight = 1.0\n", "losses.align.weight is unknown"),
+    ],
+)
+def test_a_recipe_that_cannot_work_is_refused_by_name(tmp_path: Path, text: str, words: str) -> None:
+    """Guards against a mistake that is found after the teachers have worked for an hour."""
+    path = tmp_path / "recipe.toml"
+    path.write_text(text)
+    with pytest.raises(SettingsError, match=words):
+        load_recipe(str(path), {})
+    with pytest.raises(SettingsError, match="no file and no ready one: those are align"):
+        load_recipe("alignment", {})
+
+
+def test_a_run_makes_a_model_and_does_each_stage_once(tmp_path: Path, teacher: Path, data: Path) -> None:
+    """Guards against stages that run again although nothing changed, and against a file that is not the student."""
+    chosen = recipe(
+        "documents = 'minilm'\n[data.negatives]\ncount = 3\n[losses.cosine]\nweight = 1.0\n"
+        "[losses.listwise_kl]\nweight = 0.1\nstudent_scale = 20.0\n",
+        teacher,
+        data,
+        tmp_path,
+    )
+    run = Run(chosen, tmp_path / "out", tmp_path / "cache")
+    assert [line.split()[0] for line in finished(run).splitlines()] == [
+        "lessons",
+        "vectors",
+        "scores",
+        "train",
+        "export",
+    ]
+    student = SentenceTransformer(str(tmp_path / "out" / "model"), device="cpu")
+    read = student.tokenizer(["zip tar file 7"])
+    feed = {name: np.array(read[name], np.int64) for name in ("input_ids", "attention_mask", "token_type_ids")}
+    session = onnxruntime.InferenceSession(tmp_path / "out" / "model" / "onnx" / "model.onnx")
+    pooled = session.run(None, feed)[0].mean(axis=1)
+    expected = student.encode(["zip tar file 7"])
+    np.testing.assert_allclose(pooled / np.linalg.norm(pooled), expected, atol=1e-5)
+    described = json.loads((tmp_path / "out" / "model" / "distillation.json").read_text())
+    assert described["lessons"]["sources"][0]["name"] == "words" and described["files"]["cosine_mean"] > 0.9
+    stamp = (tmp_path / "out" / "student" / "model.safetensors").stat().st_mtime_ns
+    finished(run)
+    assert (tmp_path / "out" / "student" / "model.safetensors").stat().st_mtime_ns == stamp
+    compressed = chosen.model_copy(update={"compress": chosen.compress.model_copy(update={"scheme": "int4"})})
+    finished(Run(compressed, tmp_path / "out", tmp_path / "cache"))
+    assert (tmp_path / "out" / "student" / "model.safetensors").stat().st_mtime_ns == stamp
+    trained = chosen.model_copy(update={"seed": 1})
+    finished(Run(trained, tmp_path / "out", tmp_path / "cache"))
+    assert (tmp_path / "out" / "student" / "model.safetensors").stat().st_mtime_ns != stamp
+
+
+def test_a_cross_encoder_is_taught_first_and_becomes_a_reranker(tmp_path: Path, teacher: Path, data: Path) -> None:
+    """Guards against a student that learns from a head that nobody trained."""
+    text = (
+        "begins = 'cross'\nscorers = ['cross']\n[teachers.cross]\nkind = 'cross-encoder'\nmodel = 'taught'\n"
+        f"[teach]\nmodel = '{teacher}'\nepochs = 1\n[student]\nkind = 'reranker'\n"
+        "[data.negatives]\ncount = 2\n[losses.margin_mse]\nweight = 1.0\n"
+    )
+    chosen = recipe(text, teacher, data, tmp_path).model_copy()
+    run = Run(chosen, tmp_path / "out", tmp_path / "cache")
+    said = finished(run)
+    assert [line.split()[0] for line in said.splitlines()] == ["lessons", "teach", "scores", "train", "export"]
+    student = load_student(tmp_path / "out" / "model", chosen)
+    assert isinstance(student, CrossEncoder) and (tmp_path / "out" / "model" / "reranker.json").exists()
+    scores = np.load(tmp_path / "out" / "scores.npy")
+    lessons = Lessons.open(tmp_path / "out" / "lessons")
+    assert scores.shape == (lessons.lists, 3) and np.isfinite(scores).all()
