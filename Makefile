@@ -47,6 +47,8 @@ format: $(STAMP) ## put the code into the house format
 docs: $(STAMP) ## write again the pages that are generated from the code
 	@$(BIN)/python -m stillroom_shared.settings > $(VENV)/settings.md
 	@mv $(VENV)/settings.md docs/settings.md
+	@$(BIN)/python -m stillroom_server.distillery.recipe > $(VENV)/recipe-settings.md
+	@mv $(VENV)/recipe-settings.md docs/recipe-settings.md
 	@$(BIN)/python -m stillroom_simulations.figures README.md docs/figures.md
 
 proto: $(STAMP) ## generate the messages of retrieval.proto again

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
@@ -106,16 +106,19 @@ def allowed(field: FieldInfo) -> str:
     return ", ".join([_kind(field.annotation), *bounds, *["or none"] * _may_be_none(field.annotation)])
 
 
-def reference(scales: Mapping[str, Group]) -> str:
+_INTRODUCTION = (
+    "# Settings",
+    "",
+    "`make docs` writes this page from the code. In a file, given with `--settings FILE`, each group is a table;",
+    "on the command line, write `--set rounds.rounds=20 --set distil.layers=0,5`. `none` unsets a setting.",
+)
+
+
+def reference(scales: Mapping[str, Group], introduction: Sequence[str] = _INTRODUCTION) -> str:
     """The manual page of all settings, in Markdown: defaults at each scale, what is allowed, what it means."""
     columns = [dict(_flat(settings.model_dump())) for settings in scales.values()]
     model = type(next(iter(scales.values())))
-    lines = [
-        "# Settings",
-        "",
-        "`make docs` writes this page from the code. In a file, given with `--settings FILE`, each group is a table;",
-        "on the command line, write `--set rounds.rounds=20 --set distil.layers=0,5`. `none` unsets a setting.",
-    ]
+    lines = [*introduction]
     for prefix, group in _groups(model):
         summary = (group.__doc__ or "").partition("\n")[0]
         lines += ["", f"## {prefix.rstrip('.') or 'Without a group'}", "", summary, ""]
@@ -191,7 +194,8 @@ def _text(value: object) -> str:
         return "none"
     if isinstance(value, tuple):
         return ",".join(map(str, value)) or " "
-    return str(value).replace(str(Path.home()), "~") if isinstance(value, Path) else str(value)
+    text = str(value).replace(str(Path.home()), "~") if isinstance(value, Path) else str(value)
+    return text.replace("\n", "\\n")
 
 
 def _from_text(annotation: Any, text: str) -> object:

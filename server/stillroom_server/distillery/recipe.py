@@ -19,7 +19,7 @@ from pydantic import Field, model_validator
 
 from stillroom_server.distillery.architecture.settings import ArchitectureSettings
 from stillroom_server.distillery.compress.quantize import CompressSettings
-from stillroom_server.distillery.data.settings import DataSettings
+from stillroom_server.distillery.data.settings import DataSettings, SourceSettings
 from stillroom_server.distillery.losses.settings import LossesSettings
 from stillroom_server.distillery.students.settings import PruningSettings, StudentSettings
 from stillroom_server.distillery.teachers.settings import TeacherSettings
@@ -27,7 +27,7 @@ from stillroom_server.distillery.teachers.teacher_set import Normalisation
 from stillroom_server.distillery.teaching import TeachSettings
 from stillroom_server.distillery.training.settings import TrainingSettings
 from stillroom_shared.errors import SettingsError
-from stillroom_shared.settings_file import Group, load
+from stillroom_shared.settings_file import Group, load, reference
 
 TAUGHT = "taught"
 """As the model of a teacher: the cross-encoder that the stage `teach` fine-tunes first."""
@@ -117,7 +117,26 @@ def load_recipe(name: str, overrides: dict[str, str]) -> Recipe:
     return recipe
 
 
+_INTRODUCTION = (
+    "# Recipe settings",
+    "",
+    "`make docs` writes this page from the code. A recipe is a TOML file whose groups are tables; on the command line, write",
+    "`--set losses.cosine.weight=1 --set student.layers=0,5`. `none` unsets a setting; `*` stands for a name of your choice,",
+    "as in `[teachers.large]`. `data.sources` is a list of tables, `[[data.sources]]`; its keys stand at the end.",
+)
+
+
+def manual() -> str:
+    """The page of the manual that lists every setting of a recipe."""
+    sources = reference({"default": SourceSettings()}, ("", "# Keys of `[[data.sources]]`"))
+    return reference({"default": Recipe()}, _INTRODUCTION) + "\n" + sources
+
+
 def ready() -> dict[str, Path]:
     """The recipes that come with Stillroom, by name."""
     folder = Path(str(files("stillroom_server.distillery") / "recipes"))
     return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+
+
+if __name__ == "__main__":
+    print(manual())

@@ -14,10 +14,11 @@ from tests.server.distillery.learners import WORDS
 from transformers import BertModel, PreTrainedTokenizerFast
 
 from stillroom_server.distillery.lessons import Lessons
-from stillroom_server.distillery.recipe import Recipe, load_recipe, ready
+from stillroom_server.distillery.recipe import Recipe, load_recipe, manual, ready
 from stillroom_server.distillery.run import STAGES, Run, load_student, planned
 from stillroom_shared.errors import SettingsError
 from stillroom_shared.progress import Progress
+from stillroom_shared.settings_file import fields
 
 NAMED = {
     "align", "colbert", "data-free", "listwise", "margin-mse", "matryoshka", "multi-teacher", "rerank",
@@ -77,6 +78,14 @@ def test_every_ready_recipe_loads_and_says_what_it_makes() -> None:
     assert set(ready()) == NAMED
     for name in ready():
         assert len(load_recipe(name, {}).about) > 20, name
+
+
+def test_the_manual_page_of_recipes_is_current() -> None:
+    """Guards against a manual of settings that are gone: `make docs` writes it."""
+    page = Path(__file__).resolve().parents[3] / "docs" / "recipe-settings.md"
+    assert page.read_text() == manual() + "\n"
+    lacking = [key for key, field in fields(Recipe) if not field.description]
+    assert not lacking
 
 
 @pytest.mark.parametrize(
