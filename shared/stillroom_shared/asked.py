@@ -21,6 +21,18 @@ def pairs(changes: Sequence[str]) -> dict[str, str]:
     return {key.strip(): value.strip() for key, _, value in (change.partition("=") for change in changes)}
 
 
+def numbers(seeds: str) -> list[int]:
+    """Seeds as they stand on the command line.
+
+    >>> numbers("0,1,2")
+    [0, 1, 2]
+    """
+    try:
+        return [int(seed) for seed in seeds.split(",")]
+    except ValueError:
+        raise SettingsError(f"--seeds {seeds!r} is no list of whole numbers: write it as 0,1,2") from None
+
+
 def only_our_own_progress() -> None:
     """Keep the bars and the chatter of libraries off the terminal; has to come before they are imported."""
     for name, value in {

@@ -11,8 +11,9 @@ from typing import Annotated
 
 import typer
 
-from stillroom_shared.asked import only_our_own_progress, pairs
+from stillroom_shared.asked import numbers, only_our_own_progress, pairs
 from stillroom_shared.errors import SettingsError
+from stillroom_simulations.distill_bench.cli import bench_distill
 from stillroom_simulations.evaluating.cli import evaluate as evaluate_command
 
 
@@ -36,6 +37,7 @@ def register(app: typer.Typer) -> None:
     measured.command("demo")(bench_demo)
     measured.command("privacy")(bench_privacy)
     measured.command("search")(bench_search)
+    measured.command("distill")(bench_distill)
     app.add_typer(measured)
 
 
@@ -257,7 +259,7 @@ def bench_demo(
     from stillroom_simulations.bench import bench_demo as measure
 
     settings = load_settings(None, {"corpus.scale": scale} | pairs(changes or []))
-    measure(settings, seeds=_numbers(seeds), folder=folder, out=out, console=Console(highlight=False))
+    measure(settings, seeds=numbers(seeds), folder=folder, out=out, console=Console(highlight=False))
 
 
 def bench_privacy(
@@ -298,7 +300,7 @@ def bench_privacy(
     words += [f"--families {families}", f"--scale {scale}"]
     words += [f"--set {change}" for change in changes or [] if not change.startswith("speed.")]  # changes no figure
     measure(
-        settings, seeds=_numbers(seeds), data=data or [], silos=silos or [], families=families.split(","), folder=folder,
+        settings, seeds=numbers(seeds), data=data or [], silos=silos or [], families=families.split(","), folder=folder,
         out=out, chart=chart, console=Console(highlight=False),
         command=" ".join(["stillroom bench privacy", *words]),
     )  # fmt: skip
@@ -333,10 +335,3 @@ def bench_search(
         command=" ".join(["stillroom bench search", *words, *([] if others else ["--no-others"])]),
     )  # fmt: skip
     show(made, console=Console(), chart=chart)
-
-
-def _numbers(seeds: str) -> list[int]:
-    try:
-        return [int(seed) for seed in seeds.split(",")]
-    except ValueError:
-        raise SettingsError(f"--seeds {seeds!r} is no list of whole numbers: write it as 0,1,2") from None

@@ -1,0 +1,1 @@
+"""`stillroom bench distill`: every recipe measured on the same data sets, and the goals of distillation."""
