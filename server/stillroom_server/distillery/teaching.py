@@ -185,6 +185,7 @@ def _trainer(
         logging_strategy="steps",
         logging_steps=logged,
         logging_nan_inf_filter=False,
+        dataloader_pin_memory=settings.device != "cpu" and torch.cuda.is_available(),
         report_to="none",
         disable_tqdm=True,
     )

@@ -13,6 +13,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -122,7 +123,8 @@ def train(
     newest: str | None = get_last_checkpoint(str(checkpoints))  # type: ignore[no-untyped-call]
     if newest is not None:
         composition.load_state_dict(torch.load(Path(newest, _LOSSES), weights_only=True))
-    with watcher.interruptible():
+    with watcher.interruptible(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning, module="accelerate")
         trainer.train(resume_from_checkpoint=newest)
     student.train(False)
 
@@ -149,6 +151,9 @@ def _arguments(settings: TrainingSettings) -> dict[str, Any]:
         "logging_steps": settings.log_steps,
         "report_to": "none",  # `_curves`
         "disable_tqdm": True,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        # Several processes wait for each other at each step: none may have a batch more.
+        "dataloader_drop_last": processes().num_processes > 1,
         "ddp_find_unused_parameters": False,
     }
 
