@@ -74,6 +74,12 @@ class Recipe(Group):
             raise ValueError(
                 f"documents {self.documents!r} is a {kind}: only a bi-encoder has a vector for each passage"
             )
+        if self.teachers and self.teachers[self.origin].kind == "bm25":
+            raise ValueError(f"the student would begin from {self.origin!r}, which is bm25: name another in `begins`")
+        if self.pruning.active and self.pruning.teacher == "pruned":
+            raise ValueError(
+                "pruning.teacher is pruned: a recipe's student learns from its teachers, set it to original"
+            )
         return self
 
     @property
@@ -114,6 +120,10 @@ def load_recipe(name: str, overrides: dict[str, str]) -> Recipe:
     recipe = load(Recipe(), path, overrides)
     if not recipe.teachers:
         raise SettingsError(f"{path} names no teacher: add a table, e.g. [teachers.minilm] with model = 'offline'")
+    if not any(recipe.losses.active()):
+        raise SettingsError(
+            f"{path} gives no loss a weight, so nothing would be learned: e.g. losses.cosine.weight = 1"
+        )
     return recipe
 
 

@@ -31,6 +31,8 @@ from sentence_transformers import CrossEncoder, MultiVectorEncoder, SentenceTran
 
 from stillroom_server.distillery.architecture.run import search_architecture
 from stillroom_server.distillery.data.prepare import prepare_lessons
+from stillroom_server.distillery.data.settings import SourceSettings
+from stillroom_server.distillery.data.sources import content_key
 from stillroom_server.distillery.exporting import export_model
 from stillroom_server.distillery.lessons import Lessons
 from stillroom_server.distillery.recipe import TAUGHT, Recipe
@@ -48,6 +50,7 @@ from stillroom_server.distillery.training.bank import Bank
 from stillroom_server.distillery.training.curriculum import Curriculum
 from stillroom_server.distillery.training.train import Student, processes
 from stillroom_server.distillery.vectors import VectorCache, embed_lessons
+from stillroom_server.teacher import OFFLINE
 from stillroom_shared.progress import Progress, Stage
 from stillroom_shared.workspace import Workspace, key_of
 
@@ -201,10 +204,14 @@ class Run:
         return Curriculum(
             losses=recipe.losses,
             training=recipe.training,
-            bank=Bank(self.lessons, _mapped(self.out / "vectors.npy"), _mapped(self.out / "scores.npy")),
+            bank=Bank(self.lessons, self._said("vectors"), self._said("scores")),
             teacher=None if embedder is None else cast(BiEncoder, embedder).model,
             seed=recipe.seed,
         )
+
+    def _said(self, name: str) -> NDArray[Any] | None:
+        """What that stage wrote; a file of a stage that is not asked for is another recipe's, of other lessons."""
+        return np.load(self.out / f"{name}.npy", mmap_mode="r") if name in planned(self.recipe) else None
 
     def _new_student(self) -> Student:
         settings = self._seeded(self.recipe.student)
@@ -279,7 +286,7 @@ class Run:
         asked = planned(self.recipe)
         before = self._key(asked[asked.index(name) - 1]) if name != asked[0] else ""
         own: dict[str, Any] = {
-            "lessons": [recipe["data"], recipe["seed"], self.recipe.documents, teachers],
+            "lessons": [recipe["data"], recipe["seed"], self.recipe.documents, teachers, self._contents],
             "teach": recipe["teach"],
             "vectors": [teachers, self.recipe.documents],
             "scores": [teachers, self.recipe.scoring, self.recipe.normalisation],
@@ -288,6 +295,16 @@ class Run:
             "export": recipe["compress"],
         }
         return key_of(name, before, own[name])
+
+    @cached_property
+    def _contents(self) -> list[str]:
+        """Changes when a file that the recipe names does: of data, of teachers, of models that write or are taught."""
+        data = self.recipe.data
+        models = [data.synthetic.model, data.datafree.model, self.recipe.teach.model]
+        models += [one.model for one in self.recipe.teachers.values()]
+        folders = [*data.exclude.folders, *(name for name in models if name not in ("", OFFLINE, TAUGHT))]
+        named = [SourceSettings(kind="beir", data=str(folder)) for folder in folders]
+        return [content_key(one) for one in (*data.sources, *named)]
 
     def _remark(self, name: str) -> str:
         if name == "lessons":
@@ -312,10 +329,6 @@ def _agreed(value: bool | None) -> bool:
     said = [value]
     broadcast_object_list(said)
     return bool(said[0])
-
-
-def _mapped(path: Path) -> NDArray[Any] | None:
-    return np.load(path, mmap_mode="r") if path.exists() else None
 
 
 def load_student(folder: Path, recipe: Recipe) -> Student:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import onnxruntime
 import pytest
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 from sentence_transformers import CrossEncoder, SentenceTransformer
 from tests.server.distillery.learners import WORDS
 from transformers import BertModel, PreTrainedTokenizerFast
@@ -96,6 +98,9 @@ def test_the_manual_page_of_recipes_is_current() -> None:
         ("scorers = ['x']\n[teachers.minilm]\n", r"scorers\[0\] is 'x'"),
         ("documents = 'words'\n[teachers.words]\nkind = 'bm25'\n", "only a bi-encoder has a vector for each passage"),
         ("searches = true\n[teachers.minilm]\n", "in the space of `documents`"),
+        ("[teachers.words]\nkind = 'bm25'\n[teachers.minilm]\nweight = 2.0\n", "begin from 'words', which is bm25"),
+        ("[teachers.minilm]\n[pruning]\nheads = 0.5\nteacher = 'pruned'\n", "pruning.teacher is pruned"),
+        ("[teachers.minilm]\n", "gives no loss a weight"),
         ("[teachers.minilm]\n[losses.align]\nweight = 1.0\n", "losses.align.weight is unknown"),
     ],
 )
@@ -162,3 +167,33 @@ def test_a_cross_encoder_is_taught_first_and_becomes_a_reranker(tmp_path: Path, 
     scores = np.load(tmp_path / "out" / "scores.npy")
     lessons = Lessons.open(tmp_path / "out" / "lessons")
     assert scores.shape == (lessons.lists, 3) and np.isfinite(scores).all()
+
+
+ALIGNED = "documents = 'minilm'\n[data.negatives]\ncount = 3\n[losses.cosine]\nweight = 1.0\n"
+
+
+@pytest.mark.parametrize("changed", ["data", "teacher"])
+def test_what_a_named_folder_holds_is_looked_at_again(tmp_path: Path, teacher: Path, data: Path, changed: str) -> None:
+    """Guards against a model of yesterday's text, or of a teacher that has been trained since."""
+    folders = {"data": shutil.copytree(data, tmp_path / "data"), "teacher": shutil.copytree(teacher, tmp_path / "own")}
+    chosen = recipe(ALIGNED, folders["teacher"], folders["data"], tmp_path)
+    finished(Run(chosen, tmp_path / "out", tmp_path / "cache"))
+    before = np.load(tmp_path / "out" / "vectors.npy")
+    if changed == "data":
+        with (folders["data"] / "corpus.jsonl").open("a") as corpus:
+            corpus.write(json.dumps({"_id": "new", "text": "A tapir eats leaves."}) + "\n")
+    else:
+        weights = load_file(folders["teacher"] / "model.safetensors")
+        save_file({name: value * 1.5 for name, value in weights.items()}, folders["teacher"] / "model.safetensors")
+    finished(Run(chosen, tmp_path / "out", tmp_path / "cache"))
+    after = np.load(tmp_path / "out" / "vectors.npy")
+    assert len(after) == len(before) + (changed == "data")
+    assert changed == "data" or not np.array_equal(after, before)
+
+
+def test_what_another_recipe_left_in_the_folder_is_not_learned_from(tmp_path: Path, teacher: Path, data: Path) -> None:
+    """Guards against vectors and scores of other lessons, in the place of signals that this recipe lacks."""
+    finished(Run(recipe(ALIGNED, teacher, data, tmp_path), tmp_path / "out", tmp_path / "cache"))
+    own = ALIGNED.replace("documents = 'minilm'", "training.towers = 'both'")
+    with pytest.raises(SettingsError, match="cosine needs teacher_queries"):
+        finished(Run(recipe(own, teacher, data, tmp_path), tmp_path / "out", tmp_path / "cache"))
