@@ -108,6 +108,8 @@ class Curriculum:
             raise SettingsError(
                 "losses hidden_states and attention_maps compare layers with a bi-encoder's: name it as `documents`"
             )
+        # Fused attention, which models are loaded with, gives no maps.
+        bert_of(self.teacher).set_attn_implementation("eager")
         return self.teacher
 
     def _sets(self, student: Student, composition: Composition, clock: Clock) -> Mapping[str, Set]:
