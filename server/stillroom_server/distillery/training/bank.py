@@ -60,3 +60,21 @@ class Bank:
         places = np.full(len(self.lessons), -1, np.int64)
         places[rows] = np.arange(len(rows))
         return places
+
+    def grades_of(self, queries: NDArray[np.int64]) -> Tensor:
+        """Known relevance of every passage for these queries (by row), whichever of their lists knows it, (n, passages)."""
+        asked, passages, grades = self._relevant
+        found = torch.zeros(len(queries), len(self.lessons.rows("passage")))
+        first, last = (np.searchsorted(asked, queries, side) for side in ("left", "right"))
+        for line, start, stop in zip(found, first.tolist(), last.tolist(), strict=True):
+            line[self.place_of[passages[start:stop]]] = torch.from_numpy(grades[start:stop])
+        return found
+
+    @cached_property
+    def _relevant(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
+        """(query, passage, grade) of what any list grades above 0, in order of queries."""
+        lists, places = np.nonzero(self.lessons.grades > 0)
+        order = np.argsort(self.lessons.queries[lists], kind="stable")
+        lists, places = lists[order], places[order]
+        grades = self.lessons.grades[lists, places].astype(np.float32)
+        return self.lessons.queries[lists], self.lessons.passages[lists, places], grades

@@ -164,15 +164,12 @@ class ListObjective(TextObjective):
     def _over_corpus(
         self, queries: Mapping[str, Tensor], numbers: NDArray[np.int64], passages: Sequence[Features]
     ) -> dict[str, Tensor | None]:
-        lessons, corpus = self._bank.lessons, self._bank.passages  # (passages, dim)
-        grades = torch.zeros(len(numbers), len(corpus))
-        places = torch.from_numpy(self._bank.place_of[lessons.passages[numbers]])  # (batch, k)
-        grades.scatter_(1, places, self._grades(numbers))
+        corpus = self._bank.passages  # (passages, dim)
         return {
             "student_passages": corpus.expand(len(numbers), -1, -1),
             "student_scores": queries["student_queries"] @ corpus.T,
             "teacher_scores": queries["teacher_queries"] @ corpus.T,
-            "grades": grades,
+            "grades": self._bank.grades_of(self._bank.lessons.queries[numbers]),
         }
 
 
