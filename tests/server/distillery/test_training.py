@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from tests.server.distillery.learners import CANDIDATES, late, lessons, reranker
 from torch import Tensor, nn
 from transformers import BertModel, PreTrainedTokenizerFast
 
+from stillroom_server.distillery.lessons import Lessons, LessonsWriter
 from stillroom_server.distillery.losses.settings import LossesSettings
 from stillroom_server.distillery.losses.signals import Signals
 from stillroom_server.distillery.students.towers import bert_of
@@ -283,6 +285,8 @@ def test_rerankers_and_late_interaction_learn_their_teachers_order(folder: Path,
 
 
 _SHARE = """
+import faulthandler
+import os
 import sys
 from pathlib import Path
 from tests.server.distillery.learners import lessons, tower, unit
@@ -295,10 +299,12 @@ from stillroom_server.distillery.training.settings import TrainingSettings
 from accelerate import PartialState
 
 model, data, out = sys.argv[1:]
+faulthandler.dump_traceback_later(250, exit=True)
 found = Lessons.open(Path(data))
 losses = LossesSettings.model_validate({"cosine": {"weight": 1}})
 training = TrainingSettings(
-    epochs=2, batch_size=5, learning_rate=1e-2, bfloat16="off", schedule="constant"
+    epochs=2, batch_size=5, learning_rate=1e-2, bfloat16="off", schedule="constant",
+    save_minutes=0.003 * (1 + int(os.environ.get("RANK", "0"))),  # alone, they would save at other steps
 )
 student = tower(Path(model))
 Curriculum(losses=losses, training=training, bank=Bank(found, unit(len(found), 20))).learn(student, Path(out, "training"))
@@ -308,7 +314,7 @@ if PartialState().is_main_process:
 
 
 def test_two_processes_train_like_one_that_takes_both_shares(folder: Path, tmp_path: Path) -> None:
-    """Guards against processes that each train alone, and against projections that drift apart."""
+    """Guards against processes that train alone, or wait for each other in a checkpoint, and projections that drift."""
     found = lessons(tmp_path / "lessons", queries=40)
     alone = tower(folder)
     training = TrainingSettings(
@@ -332,3 +338,59 @@ def test_two_processes_train_like_one_that_takes_both_shares(folder: Path, tmp_p
     texts = ["open a zip file", "river bank"]
     np.testing.assert_allclose(together.encode(texts), alone.encode(texts), atol=1e-4)
     assert np.abs(together.encode(texts) - tower(folder).encode(texts)).max() > 0.01
+
+
+@pytest.mark.parametrize("torn", ["model.safetensors", "losses.pt"])
+def test_what_a_kill_left_of_a_checkpoint_is_not_resumed_from(
+    folder: Path, bank: Bank, tmp_path: Path, torn: str
+) -> None:
+    """Guards against a run that was killed while it saved, and can never be resumed."""
+    curriculum = Curriculum(losses=ALIGN, training=QUICK, bank=bank)
+
+    def interrupt(done: int, total: int) -> None:
+        if done == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    whole, second = tower(folder), tower(folder)
+    curriculum.learn(whole, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        curriculum.learn(tower(folder), tmp_path / "parts", progress=interrupt)
+    saved = tmp_path / "parts" / "checkpoints" / "checkpoint-3"
+    killed = shutil.copytree(saved, saved.with_name("checkpoint-5"))
+    (killed / "losses.pt").unlink()  # written last
+    (killed / torn).unlink(missing_ok=True)
+    steps: list[int] = []
+    curriculum.learn(second, tmp_path / "parts", progress=lambda done, total: steps.append(done))
+    assert steps[0] == 4 and not killed.exists()
+    for name, value in weights(whole).items():
+        assert torch.equal(value, weights(second)[name]), name
+
+
+def test_attention_maps_follow_a_teacher_that_was_loaded_with_fused_attention(
+    folder: Path, bank: Bank, tmp_path: Path
+) -> None:
+    """Guards against a loss that no recipe can use: models are loaded with attention that gives no maps."""
+    teacher = tower(folder)
+    bert_of(teacher).set_attn_implementation("sdpa")
+    losses = LossesSettings.model_validate({"attention_maps": {"weight": 1}, "cosine": {"weight": 1}})
+    student, before = tower(folder), weights(tower(folder))
+    Curriculum(losses=losses, training=QUICK, bank=bank, teacher=teacher).learn(student, tmp_path)
+    assert any(not torch.equal(value, before[name]) for name, value in weights(student).items())
+
+
+def test_over_the_corpus_a_passage_is_relevant_if_any_list_of_the_query_says_so(folder: Path, tmp_path: Path) -> None:
+    """Guards against passages that are known to be relevant and are learned as negatives."""
+    with LessonsWriter(tmp_path / "lessons", candidates=2) as writer:
+        source = writer.source("words")
+        passages = [writer.text(f"tapir {n}", "passage", source) for n in range(5)]
+        queries = [writer.text(f"zip {n}", "query", source) for n in range(2)]
+        for query, relevant, grade in ((0, 1, 1), (1, 4, 1), (0, 3, 2)):
+            writer.list(queries[query], [passages[relevant], passages[0]], [grade, 0], source)
+    made = Lessons.open(tmp_path / "lessons")
+    student, kept = tower(folder), Kept()
+    objective = ListObjective(student, kept, Bank(made, unit(len(made))), Clock(), corpus=True)  # type: ignore[arg-type]
+    numbers = np.array([2, 0, 1])
+    read = tokens(student, made.texts(made.queries[numbers]))
+    objective([read], torch.from_numpy(numbers))
+    assert kept.last.grades is not None
+    assert kept.last.grades.tolist() == [[0, 1, 0, 2, 0], [0, 1, 0, 2, 0], [0, 0, 0, 0, 1]]

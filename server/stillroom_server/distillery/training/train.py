@@ -1,6 +1,6 @@
 """A training run: a trainer of Sentence Transformers over lessons, which can be interrupted, resumed and spread over processes.
 
-    FOLDER/checkpoints/   the newest checkpoint: weights, optimizer, schedule, position in the data, projections of the losses
+    FOLDER/checkpoints/   the newest checkpoints: weights, optimizer, schedule, position in the data, projections of the losses
     FOLDER/curves/        TensorBoard: each loss, the rate, the gradient's length
 
 The first interrupt (Ctrl-C) finishes the step, saves and raises `KeyboardInterrupt`; after a kill, `save_minutes` are lost at
@@ -10,6 +10,7 @@ launch` or `torchrun` every process takes its share of the batches; gradients of
 
 from __future__ import annotations
 
+import shutil
 import signal
 import threading
 import time
@@ -102,7 +103,7 @@ def train(
     """
     _, trainer_type, arguments_type = next(one for one in _KINDS if isinstance(student, one[0]))
     checkpoints = folder / "checkpoints"
-    checkpoints.mkdir(parents=True, exist_ok=True)
+    newest = _newest(checkpoints)
     watcher = _Watcher(settings, clock, composition, progress)
     _leave_poolers(student)
     _average_gradients(composition)
@@ -120,13 +121,25 @@ def train(
     trainer.remove_callback(PrinterCallback)  # our own progress stands in its place
     if trainer.is_world_process_zero():
         trainer.add_callback(_curves(folder / "curves"))
-    newest: str | None = get_last_checkpoint(str(checkpoints))  # type: ignore[no-untyped-call]
     if newest is not None:
         composition.load_state_dict(torch.load(Path(newest, _LOSSES), weights_only=True))
     with watcher.interruptible(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning, module="accelerate")
         trainer.train(resume_from_checkpoint=newest)
     student.train(False)
+
+
+def _newest(checkpoints: Path) -> str | None:
+    """The newest whole checkpoint, or None; what a killed process left of others is removed, before any process reads."""
+    state = processes()
+    if state.is_main_process:
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        for one in checkpoints.glob("checkpoint-*"):
+            if not (one / _LOSSES).exists():  # written last
+                shutil.rmtree(one)
+    state.wait_for_everyone()
+    newest: str | None = get_last_checkpoint(str(checkpoints))  # type: ignore[no-untyped-call]
+    return newest
 
 
 def _arguments(settings: TrainingSettings) -> dict[str, Any]:
@@ -147,7 +160,7 @@ def _arguments(settings: TrainingSettings) -> dict[str, Any]:
         "batch_sampler": LikeLengths,
         "multi_dataset_batch_sampler": "proportional",
         "save_strategy": "no",  # by the clock, in `_Watcher`
-        "save_total_limit": 1,
+        "save_total_limit": 2,  # the one before stays until the newest is whole
         "logging_steps": settings.log_steps,
         "report_to": "none",  # `_curves`
         "disable_tqdm": True,
@@ -191,6 +204,16 @@ def _average_gradients(composition: nn.Module) -> None:
         parameter.register_hook(average)  # type: ignore[no-untyped-call]
 
 
+def _any_process(*own: bool) -> list[bool]:
+    """Of each value, whether it is true in any of the processes."""
+    state = processes()
+    if state.num_processes == 1:
+        return list(own)
+    together = torch.tensor(own, dtype=torch.int32, device=state.device)
+    torch.distributed.all_reduce(together, torch.distributed.ReduceOp.MAX)
+    return [bool(value) for value in together.tolist()]
+
+
 class _Watcher(TrainerCallback):
     """Moves the clock, shows progress, saves by the clock, and ends a run that is interrupted."""
 
@@ -205,16 +228,17 @@ class _Watcher(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._progress(state.global_step, state.max_steps)
-        if self._interrupted or time.monotonic() - self._saved > self._seconds:
-            control.should_save = True
+        # Processes that disagree would wait for each other: one in the checkpoint, the other in the next step.
+        self._interrupted, due = _any_process(self._interrupted, time.monotonic() - self._saved > self._seconds)
+        control.should_save |= self._interrupted or due
         control.should_training_stop |= self._interrupted
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._saved = time.monotonic()
         if state.is_world_process_zero and args.output_dir:
-            torch.save(
-                self._composition.state_dict(), Path(args.output_dir, f"checkpoint-{state.global_step}", _LOSSES)
-            )
+            whole = Path(args.output_dir, f"checkpoint-{state.global_step}", _LOSSES)
+            torch.save(self._composition.state_dict(), partial := whole.with_suffix(".partial"))
+            partial.replace(whole)
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
