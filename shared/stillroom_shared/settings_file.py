@@ -60,14 +60,14 @@ def load(
     for key, text in overrides.items():
         field = _known(key, known)
         given[key] = _from_text(field.annotation, text) if field else text
-    tables = [
-        key for key, value in given.items() if value == {} and _holds(key, known)
-    ]  # `[teachers.large]`, all default
-    given = {key: value for key, value in given.items() if key not in tables}
+    # A table without a word, `[teachers.large]`, has every default; tables stand in the order in which they are named.
+    empty = {key for key, value in given.items() if value == {} and _holds(key, known)}
+    tables = [key if key in empty else key.rpartition(".")[0] for key in given]
+    given = {key: value for key, value in given.items() if key not in empty}
     if unknown := [key for key in given if _known(key, known) is None]:
         raise SettingsError("\n".join(_unknown(key, known) for key in unknown))
     tree = defaults.model_dump(mode="json")
-    for key in tables:
+    for key in filter(None, tables):
         table = tree
         for group in key.split("."):
             table = table.setdefault(group, {})

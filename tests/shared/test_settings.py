@@ -216,5 +216,7 @@ def test_a_named_table_without_a_word_is_there_with_its_defaults(tmp_path: Path)
     """Guards against a teacher that is named, keeps every default, and is silently not there."""
     path = write(tmp_path, "[stones.flint]\n")
     assert load(Quarry(), path, {}).stones == {"flint": Stone()}
+    order = write(tmp_path, "[stones.slate]\nweight = 2.0\n[stones.flint]\n[stones.basalt]\nweight = 3.0\n")
+    assert list(load(Quarry(), order, {}).stones) == ["slate", "flint", "basalt"]
     with pytest.raises(SettingsError, match="setting stone is unknown"):
         load(Quarry(), write(tmp_path, "[stone]\n"), {})

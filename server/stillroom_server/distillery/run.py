@@ -282,13 +282,16 @@ class Run:
     def _key(self, name: str) -> str:
         """Changes with everything that the stage's result depends on, the stages before it included."""
         recipe = self.recipe.model_dump(mode="json")
-        teachers = {one: recipe["teachers"][one] for one in self.recipe.teachers}
+        teachers = recipe["teachers"]
+        # What decides how scores meet, and how fast they come, changes neither negatives nor vectors.
+        apart = {"weight", "temperature", "batch_size", "device", "token_cache_mib"}
+        minds = {one: {k: v for k, v in teachers[one].items() if k not in apart} for one in teachers}
         asked = planned(self.recipe)
         before = self._key(asked[asked.index(name) - 1]) if name != asked[0] else ""
         own: dict[str, Any] = {
-            "lessons": [recipe["data"], recipe["seed"], self.recipe.documents, teachers, self._contents],
+            "lessons": [recipe["data"], recipe["seed"], self.recipe.documents, minds, self._contents],
             "teach": recipe["teach"],
-            "vectors": [teachers, self.recipe.documents],
+            "vectors": [minds, self.recipe.documents],
             "scores": [teachers, self.recipe.scoring, self.recipe.normalisation],
             "search": [recipe[part] for part in ("architecture", "student", "training", "seed")],
             "train": [recipe[part] for part in ("student", "losses", "training", "pruning", "seed", "begins")],

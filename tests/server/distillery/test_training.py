@@ -388,7 +388,7 @@ def test_over_the_corpus_a_passage_is_relevant_if_any_list_of_the_query_says_so(
             writer.list(queries[query], [passages[relevant], passages[0]], [grade, 0], source)
     made = Lessons.open(tmp_path / "lessons")
     student, kept = tower(folder), Kept()
-    objective = ListObjective(student, kept, Bank(made, unit(len(made))), Clock(), corpus=True)  # type: ignore[arg-type]
+    objective = ListObjective(student, kept, Bank(made, unit(len(made))), Clock(), corpus=True)
     numbers = np.array([2, 0, 1])
     read = tokens(student, made.texts(made.queries[numbers]))
     objective([read], torch.from_numpy(numbers))

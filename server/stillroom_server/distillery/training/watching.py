@@ -42,7 +42,9 @@ def watched(model: nn.Module, *, on: bool) -> Iterator[Watched | None]:
         return
     tower = next((part for part in model.modules() if isinstance(part, BertModel)), None)
     if tower is None:
-        raise SettingsError("losses.hidden and losses.attention compare layers of BERT towers: this model has none")
+        raise SettingsError(
+            "losses.hidden_states and losses.attention_maps compare layers of BERT towers: this model has none"
+        )
     seen = Watched()
 
     def state(module: nn.Module, arguments: Any, output: Any) -> None:
