@@ -27,14 +27,13 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from stillroom_server.distillery.students.towers import drop_layers, freeze, with_tower, without_dropout
+from stillroom_server.distillery.training.batches import like_lengths
 from stillroom_server.teacher import TeacherVectors, tower_of
 from stillroom_shared.corpus import Corpus, normalize
 from stillroom_shared.settings import DistilSettings
 
 QUERY_TOKENS = 32
 _ALIGNMENT_WEIGHT = 10.0
-_POOL = 32
-"""Batches that are sorted by length together: like lengths share a batch, and batches stay random."""
 _SENTENCE_END = re.compile(r"(?<=[.!?:])\s+|\n\s*\n|\n\s*[-*]\s")
 _SENTENCE_WORDS = range(4, 33)
 
@@ -196,19 +195,7 @@ class _LikeLengths(DefaultBatchSampler):
         self._epoch = epoch
 
     def __iter__(self) -> Iterator[list[int]]:
-        generator = np.random.default_rng([self._seed, self._epoch])
-        order = generator.permutation(len(self._lengths))
-        pool = self.batch_size * _POOL
-        batches = [
-            chunk[start : start + self.batch_size].tolist()
-            for begin in range(0, len(order), pool)
-            for chunk in [
-                order[begin : begin + pool][np.argsort(self._lengths[order[begin : begin + pool]], kind="stable")]
-            ]
-            for start in range(0, len(chunk), self.batch_size)
-        ]
-        for i in generator.permutation(len(batches)):
-            yield batches[i]
+        yield from like_lengths(self._lengths, self.batch_size, np.random.default_rng([self._seed, self._epoch]))
 
 
 class _Watcher(TrainerCallback):

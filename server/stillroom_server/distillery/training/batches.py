@@ -59,19 +59,21 @@ class LikeLengths(DefaultBatchSampler):
         self._epoch = epoch
 
     def __iter__(self) -> Iterator[list[int]]:
-        generator = np.random.default_rng([self._seed, self._epoch])
-        order = generator.permutation(len(self._lengths))
-        pool = self.batch_size * _POOL
-        batches = [
-            chunk[start : start + self.batch_size].tolist()
-            for begin in range(0, len(order), pool)
-            for chunk in [
-                order[begin : begin + pool][np.argsort(self._lengths[order[begin : begin + pool]], kind="stable")]
-            ]
-            for start in range(0, len(chunk), self.batch_size)
-        ]
-        for i in generator.permutation(len(batches)):
-            yield batches[i]
+        yield from like_lengths(self._lengths, self.batch_size, np.random.default_rng([self._seed, self._epoch]))
+
+
+def like_lengths(lengths: NDArray[np.integer], batch_size: int, generator: np.random.Generator) -> Iterator[list[int]]:
+    """Batches in which every row of `lengths`, (n,), stands once; which share a batch, and their order, is random."""
+    order = generator.permutation(len(lengths))
+    pool = batch_size * _POOL
+    batches = [
+        chunk[start : start + batch_size].tolist()
+        for begin in range(0, len(order), pool)
+        for chunk in [order[begin : begin + pool][np.argsort(lengths[order[begin : begin + pool]], kind="stable")]]
+        for start in range(0, len(chunk), batch_size)
+    ]
+    for i in generator.permutation(len(batches)):
+        yield batches[i]
 
 
 class Reading:
