@@ -100,11 +100,6 @@ class Recipe(Group):
         return reads and self.training.ranked == "listed"
 
     @property
-    def compares_layers(self) -> bool:
-        """Whether any loss compares the student's layers with the teacher's."""
-        return self.losses.hidden_states.active or self.losses.attention_maps.active
-
-    @property
     def teaches_first(self) -> bool:
         """Whether a cross-encoder is fine-tuned before anything is distilled."""
         return any(one.model == TAUGHT for one in self.teachers.values())

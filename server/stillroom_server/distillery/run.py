@@ -200,7 +200,7 @@ class Run:
     @property
     def _curriculum(self) -> Curriculum:
         recipe, documents = self.recipe, self.recipe.documents
-        embedder = self._teacher(documents) if documents and recipe.compares_layers else None
+        embedder = self._teacher(documents) if documents and recipe.losses.compares_layers else None
         return Curriculum(
             losses=recipe.losses,
             training=recipe.training,

@@ -10,7 +10,7 @@ tower, rerankers over the teacher's best passages, late-interaction students by 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -81,7 +81,7 @@ def bench_distill(asked: Asked, *, out: Path, console: Console, command: str) ->
         found = [_measured(arm, seed, list(corpora.values()), asked, console) for seed in asked.seeds]
         figures |= _figures(arm, found)
     if asked.sentences:
-        figures |= _rates(asked, console)
+        figures |= _rates(asked, corpora.values(), console)
     made = {
         "name": "distill",
         "command": command,
@@ -165,11 +165,10 @@ def _encode_ratio(on_set: Mapping[str, Any]) -> float | None:
     return float(student["encode"] / teacher["encode"]) if student and teacher else None
 
 
-def _rates(asked: Asked, console: Console) -> dict[str, Any]:
+def _rates(asked: Asked, corpora: Iterable[Corpus], console: Console) -> dict[str, Any]:
     """How fast alignment trains beside the plain recipe, on queries of the data sets."""
     console.print(f"rates of training on {asked.sentences:,} sentences", markup=False)
-    queries = {query.text for folder in asked.data for query in load_beir(folder).queries_in("train")}
-    texts = sorted(queries)
+    texts = sorted({query.text for corpus in corpora for query in corpus.queries_in("train")})
     np.random.default_rng(0).shuffle(texts)
     texts, held_out = texts[_HELD_OUT:][: asked.sentences], texts[:_HELD_OUT]
     recipe = Recipe()

@@ -32,6 +32,7 @@ from stillroom_server.distillery.training.curriculum import Curriculum
 from stillroom_server.distillery.training.settings import TrainingSettings
 from stillroom_server.distillery.vectors import VectorCache, embed_lessons
 from stillroom_shared.processor import native_bfloat16
+from stillroom_simulations.evaluating.towers import unit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +61,7 @@ def compare_rates(
     training: TrainingSettings,
 ) -> dict[str, Rate]:
     """Ours and the plain recipe, one after the other, on `texts`; both report how close they come on `held_out`."""
-    targets = _unit(np.asarray(teacher.encode(held_out, show_progress_bar=False)))
+    targets = unit(np.asarray(teacher.encode(held_out, show_progress_bar=False)))
     return {name: _timed(way, teacher, texts, held_out, targets, student, training) for name, way in _WAYS.items()}
 
 
@@ -78,7 +79,7 @@ def _timed(
     started = time.perf_counter()
     way(teacher, student, texts, training)
     seconds = time.perf_counter() - started
-    vectors = _unit(np.asarray(student.encode(held_out, show_progress_bar=False)))
+    vectors = unit(np.asarray(student.encode(held_out, show_progress_bar=False)))
     return Rate(
         seconds=seconds,
         sentences_a_second=len(texts) * training.epochs / seconds,
@@ -144,11 +145,6 @@ class _InTheLoop(nn.Module):
             targets = self._teacher[0](dict(features[0]))["sentence_embedding"]
         loss: Tensor = self._loss(features, targets)
         return loss
-
-
-def _unit(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
-    made: NDArray[np.float32] = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-    return made
 
 
 _WAYS: Mapping[str, Way] = {"ours": _ours, "sentence-transformers": _plain}

@@ -15,7 +15,6 @@ from sentence_transformers.multi_vector_encoder.modules import MultiVectorMask
 from sentence_transformers.sentence_transformer import losses as of_vectors
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 from torch import Tensor, nn
-from transformers import BertModel, PreTrainedTokenizerFast
 
 from stillroom_server.distillery.losses.alignment import cosine, l2
 from stillroom_server.distillery.losses.composition import compose
@@ -35,19 +34,6 @@ COLUMNS = [
 SCORES = torch.tensor([[2.0, -1.0, 0.5], [0.3, 0.1, 3.0], [1.5, 1.0, -2.0], [4.0, 0.0, 0.2]])
 DIM = 32
 TARGETS = nn.functional.normalize(torch.randn(4, 4, DIM, generator=torch.Generator().manual_seed(1)), dim=-1)
-
-
-@pytest.fixture(scope="module")
-def folder(
-    tmp_path_factory: pytest.TempPathFactory,
-    tiny_towers: tuple[BertModel, BertModel],
-    tiny_tokenizer: PreTrainedTokenizerFast,
-) -> Path:
-    """A tower of 32 values with its tokenizer."""
-    found = tmp_path_factory.mktemp("tower")
-    tiny_towers[0].save_pretrained(found)
-    tiny_tokenizer.save_pretrained(found)
-    return found
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,6 @@ import torch
 from sentence_transformers import CrossEncoder, MultiVectorEncoder, SentenceTransformer
 from tests.server.distillery.learners import CANDIDATES, late, lessons, reranker, tower, unit
 from torch import Tensor, nn
-from transformers import BertModel, PreTrainedTokenizerFast
 
 from stillroom_server.distillery.lessons import Lessons, LessonsWriter
 from stillroom_server.distillery.losses.settings import LossesSettings
@@ -52,19 +51,6 @@ class Kept(nn.Module):
     def forward(self, signals: Signals, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         self.last = signals
         return torch.zeros(()), {}
-
-
-@pytest.fixture(scope="module")
-def folder(
-    tmp_path_factory: pytest.TempPathFactory,
-    tiny_towers: tuple[BertModel, BertModel],
-    tiny_tokenizer: PreTrainedTokenizerFast,
-) -> Path:
-    """A tower of 32 values with its tokenizer."""
-    found = tmp_path_factory.mktemp("tower")
-    tiny_towers[0].save_pretrained(found)
-    tiny_tokenizer.save_pretrained(found)
-    return found
 
 
 @pytest.fixture(scope="module")

@@ -22,11 +22,12 @@ import pyarrow as pa
 import tantivy
 from numpy.typing import NDArray
 
-from stillroom_server.distillery.data.shards import Shards, key_of
+from stillroom_server.distillery.data.shards import Shards
 from stillroom_server.distillery.data.vectors import Vectors, nearest, vectors_of
 from stillroom_server.distillery.lessons import Lessons, batches
 from stillroom_server.distillery.teachers.base import Embedder, FloatArray, Teacher
 from stillroom_shared.errors import DataError
+from stillroom_shared.workspace import key_of
 
 PIECE = 512
 """Queries between two saves."""

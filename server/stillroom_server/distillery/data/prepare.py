@@ -48,12 +48,12 @@ from stillroom_server.distillery.data.merging import (
 from stillroom_server.distillery.data.negatives import Mined, mine
 from stillroom_server.distillery.data.roundtrip import ranks
 from stillroom_server.distillery.data.settings import DataSettings, SourceSettings
-from stillroom_server.distillery.data.shards import key_of
 from stillroom_server.distillery.data.sources import content_key, gather
 from stillroom_server.distillery.data.synthetic import chosen_passages, made_queries, maker
 from stillroom_server.distillery.lessons import Lessons, LessonsWriter
 from stillroom_server.distillery.teachers.base import Embedder, Teacher
 from stillroom_shared.errors import DataError, SettingsError
+from stillroom_shared.workspace import key_of
 
 Progress = Callable[[int, int], None]
 _STEPS = 1_000

@@ -1,13 +1,11 @@
 """Long work in pieces that are kept: a run that was cut off goes on after the last piece that was complete.
 
 A piece is some arrays in one Arrow file, FOLDER/00000017.arrow, written whole and renamed. The folder's name must say all that
-the pieces depend on (`key_of`); nothing is checked when a piece is read again but that it can be.
+the pieces depend on (`workspace.key_of`); nothing is checked when a piece is read again but that it can be.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,15 +13,6 @@ import pyarrow as pa
 
 from stillroom_shared.errors import DataError
 from stillroom_shared.files import sync
-
-
-def key_of(*parts: object) -> str:
-    """24 hexadecimal digits for JSON values: those of equal parts are equal.
-
-    >>> key_of({"a": 1, "b": [2]}) == key_of({"b": (2,), "a": 1}), len(key_of())
-    (True, 24)
-    """
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
 
 
 class Shards:

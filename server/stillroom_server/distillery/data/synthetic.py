@@ -25,9 +25,10 @@ from numpy.typing import NDArray
 from stillroom_server.distillery.data import heuristics
 from stillroom_server.distillery.data.sampling import Lowest, mark
 from stillroom_server.distillery.data.settings import Maker, SyntheticSettings
-from stillroom_server.distillery.data.shards import Shards, key_of
+from stillroom_server.distillery.data.shards import Shards
 from stillroom_server.distillery.lessons import Lessons, batches
 from stillroom_shared.corpus import normalize
+from stillroom_shared.workspace import key_of
 
 PIECE = 256
 """Passages between two saves."""

@@ -16,10 +16,11 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from stillroom_server.distillery.data.shards import Shards, key_of
+from stillroom_server.distillery.data.shards import Shards
 from stillroom_server.distillery.lessons import Lessons
 from stillroom_server.distillery.teachers.base import Embedder, FloatArray, Role
 from stillroom_shared.errors import DataError
+from stillroom_shared.workspace import key_of
 
 PIECE = 512
 """Texts between two saves."""

@@ -163,6 +163,11 @@ class LossesSettings(Group):
     token_alignment: TokenAlignmentSettings = TokenAlignmentSettings()
     matryoshka: MatryoshkaSettings = MatryoshkaSettings()
 
+    @property
+    def compares_layers(self) -> bool:
+        """Whether any loss compares the student's layers with the teacher's."""
+        return self.hidden_states.active or self.attention_maps.active
+
     def active(self) -> Iterator[tuple[str, Weighted]]:
         """Losses that count, by name."""
         for name in type(self).model_fields:

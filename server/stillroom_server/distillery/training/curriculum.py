@@ -86,7 +86,7 @@ class Curriculum:
             )
 
     def _composition(self, student: Student) -> Composition:
-        layered = isinstance(student, SentenceTransformer) and self._compares_layers
+        layered = isinstance(student, SentenceTransformer) and self.losses.compares_layers
         towers = (bert_of(student), bert_of(self._teacher)) if layered else None
         return compose(
             self.losses,
@@ -97,10 +97,6 @@ class Curriculum:
             candidates=self.bank.lessons.candidates if self.bank.lessons.lists else None,
             seed=self.seed,
         )
-
-    @property
-    def _compares_layers(self) -> bool:
-        return self.losses.hidden_states.active or self.losses.attention_maps.active
 
     @property
     def _teacher(self) -> SentenceTransformer:
@@ -124,7 +120,7 @@ class Curriculum:
         assert isinstance(student, SentenceTransformer)
         texts, lists = self._available
         composition.check(texts | lists)
-        teacher = self._teacher if self._compares_layers else None
+        teacher = self._teacher if self.losses.compares_layers else None
         sets: dict[str, Set] = {}
         if alone := composition.restricted(texts):
             rows = lessons.rows("query") if self.training.towers == "query" else np.arange(len(lessons))
@@ -147,7 +143,7 @@ class Curriculum:
         """Names of the signals of a batch of texts, and of those that lists add, for towers and tables."""
         vectors, corpus = self.bank.vectors is not None, self.training.ranked == "corpus"
         texts = {"student_queries", "mask"} | ({"teacher_queries"} if vectors else set())
-        if self._compares_layers:
+        if self.losses.compares_layers:
             texts |= {"student_states", "student_attentions", "teacher_states", "teacher_attentions"}
         if not vectors and (corpus or self.training.towers == "query"):
             raise SettingsError(
