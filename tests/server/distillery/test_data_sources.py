@@ -316,3 +316,52 @@ def test_settings_are_read_from_tables_of_sources(tmp_path: Path) -> None:
         path.write_text(text)
         with pytest.raises(SettingsError, match=refusal):
             load(DataSettings(), path, {})
+
+
+LICENSED = "  1 This software is being provided to you  \n  2 WordNet 3.1 Copyright 2011 by Princeton University.  \n"
+
+
+@pytest.fixture
+def wordnet(tmp_path: Path) -> Path:
+    """Files of the released format: the licence, then an entry for each set, counts of words in hexadecimal."""
+    folder = tmp_path / "dict"
+    folder.mkdir()
+    many = " ".join(f"name_{i} 0" for i in range(11))
+    entries = {
+        "noun": f'00001740 03 n 0b {many} 001 ~ 00001930 n 0000 | eleven names; "as in this"  \n',
+        "verb": "00001741 29 v 01 eat 0 001 @ 00001930 v 0000 01 + 08 00 | take in solid food  \n",
+        "adj": "00001742 00 s 02 belly-up(p) 0 done_for(a) 0 000 | financially ruined  \n",
+        "adv": "00001743 02 r 01 slowly 0 000 | without speed  \n",
+    }
+    for part, entry in entries.items():
+        (folder / f"data.{part}").write_text(LICENSED + entry)
+    return folder
+
+
+def test_wordnet_gives_each_set_of_synonyms_with_its_definition(wordnet: Path, tmp_path: Path) -> None:
+    """A count read as decimal would take pointers for words; the licence must not become a text."""
+    found = read(SourceSettings(kind="wordnet", data=str(wordnet), use="queries"), tmp_path / "out")
+    names = ", ".join(f"name {i}" for i in range(11))
+    assert queries(found) == {
+        f'{names}: eleven names; "as in this"',
+        "eat: take in solid food",
+        "belly-up, done for: financially ruined",
+        "slowly: without speed",
+    }
+    assert not passages(found)
+    about = found.description["about"]
+    assert about["release"] == "WordNet 3.1"
+    assert "Princeton" in about["licence"]
+
+
+def test_wordnet_that_is_not_there_or_not_whole_is_refused(wordnet: Path, tmp_path: Path) -> None:
+    """Three of four files would give a dictionary without verbs, and nobody would know."""
+    source = SourceSettings(kind="wordnet", data=str(wordnet), use="queries")
+    (wordnet / "data.adv").write_text("00001743 02 r xx slowly\n")
+    with pytest.raises(DataError, match=r"data\.adv:1: not an entry"):
+        read(source, tmp_path / "malformed")
+    (wordnet / "data.verb").unlink()
+    with pytest.raises(DataError, match=r"no data\.verb: install WordNet"):
+        read(source, tmp_path / "missing")
+    with pytest.raises(ValueError, match="set use to queries"):
+        SourceSettings(kind="wordnet")

@@ -20,7 +20,7 @@ from stillroom_server.docstrings import FULL
 from stillroom_shared.settings_file import Group
 
 HomePath = Annotated[Path, AfterValidator(Path.expanduser)]
-SourceKind = Literal["beir", "huggingface", "docstrings", "documentation"]
+SourceKind = Literal["beir", "huggingface", "docstrings", "documentation", "wordnet"]
 Use = Literal["pairs", "passages", "queries"]
 Maker = Literal["seq2seq", "llm", "crop", "sentence", "title", "summary"]
 
@@ -35,7 +35,9 @@ class SourceSettings(Group):
 
     kind: SourceKind = Field("docstrings", description="where the text lies")
     name: str = Field("", description="how the manifest calls it; empty: after its folder, data set or kind")
-    data: str = Field("", description="a BEIR folder, or the name or folder of a Hugging Face data set")
+    data: str = Field(
+        "", description="a BEIR folder; name or folder of a Hugging Face data set; WordNet's, empty: /usr/share/wordnet"
+    )
     use: Use = Field("pairs", description="`pairs` takes passages, queries and judgements; the others one side alone")
     queries: int | None = Field(None, ge=1, description="most queries, chosen by a hash of their text")
     passages: int | None = Field(None, ge=0, description="most passages beside those that a chosen query needs")
@@ -61,6 +63,10 @@ class SourceSettings(Group):
             raise ValueError(f"kind {self.kind} needs `data`: give a folder" + " or a name" * (self.kind[0] == "h"))
         if self.kind == "documentation" and self.use != "passages":
             raise ValueError(f"use {self.use}: documentation has no queries of its own, set use to passages")
+        if self.kind == "wordnet" and self.use != "queries":
+            raise ValueError(
+                f"use {self.use}: definitions are as short as queries and judge nothing, set use to queries"
+            )
         if self.kind == "huggingface" and self.use != "passages" and self.split.partition("[")[0] == "test":
             raise ValueError(f"split {self.split}: test queries are never learned from, set use to passages")
         return self

@@ -6,6 +6,7 @@
 | huggingface | a column, streamed (`huggingface`) | a column | each row is one; further passages are not judged |
 | docstrings | bodies | summary lines of these splits (a hash of the query) | a summary belongs to its body |
 | documentation | sections of shipped texts (`documentation`) | none | none |
+| wordnet | none | sets of synonyms with their definitions (`wordnet`) | none |
 
 Memory: queries of a BEIR folder and 16 bytes a text are held, passages are not. What is known about a source (licence,
 versions or revision, counts, a hash of its content) ends up in the release's manifest.
@@ -26,6 +27,8 @@ from stillroom_server.distillery.data.intake import Intake
 from stillroom_server.distillery.data.leakage import Excluded
 from stillroom_server.distillery.data.sampling import sample
 from stillroom_server.distillery.data.settings import SourceSettings
+from stillroom_server.distillery.data.wordnet import FOLDER as WORDNET
+from stillroom_server.distillery.data.wordnet import LICENCE, definitions, release
 from stillroom_server.distillery.lessons import Lessons, LessonsWriter
 from stillroom_server.docstrings import STANDARD_LIBRARY, DocstringSource, docstring_corpus
 from stillroom_shared.beir import beir_files, read_judgements, read_lines
@@ -72,7 +75,7 @@ def content_key(settings: SourceSettings) -> str:
     digest = hashlib.sha256(settings.model_dump_json().encode())
     if settings.kind in ("docstrings", "documentation"):
         digest.update(repr(_versions(settings.packages)).encode())
-    elif (folder := Path(settings.data).expanduser()).exists():
+    elif (folder := _folder(settings)).exists():
         for path in sorted(folder.rglob("*")) if folder.is_dir() else [folder]:
             digest.update(f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}\n".encode())
     return digest.hexdigest()[:16]
@@ -165,6 +168,23 @@ def _documentation(settings: SourceSettings, intake: Intake, seed: int, progress
     return _packages(settings)
 
 
+def _wordnet(settings: SourceSettings, intake: Intake, seed: int, progress: Progress) -> Facts:
+    folder = _folder(settings)
+
+    def rows() -> Iterator[Row]:
+        for number, text in enumerate(definitions(folder), start=1):
+            progress(number, 0)
+            yield Row(text, (), ())
+
+    _take(_sampled(rows(), settings, seed), intake)
+    return {"release": release(folder), "licence": settings.licence or LICENCE}
+
+
+def _folder(settings: SourceSettings) -> Path:
+    """Where a source of files lies."""
+    return Path(settings.data).expanduser() if settings.data or settings.kind != "wordnet" else WORDNET
+
+
 def _sampled(rows: Iterator[Row], settings: SourceSettings, seed: int) -> Iterator[Row]:
     """Rows with a query by the hash of that, rows without by that of their passages, each under its own limit."""
     limits = {"queries": settings.queries, "passages": settings.passages}
@@ -217,4 +237,5 @@ _READERS: dict[str, Callable[[SourceSettings, Intake, int, Progress], Facts]] = 
     "huggingface": _huggingface,
     "docstrings": _docstrings,
     "documentation": _documentation,
+    "wordnet": _wordnet,
 }
