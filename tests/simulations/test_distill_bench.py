@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from stillroom_server.distillery.recipe import ready
+from stillroom_server.distillery.recipe import Recipe, ready
 from stillroom_shared.beir import load_beir
 from stillroom_shared.corpus import Corpus
 from stillroom_shared.errors import SettingsError
 from stillroom_simulations.distill_bench.arms import arms
-from stillroom_simulations.distill_bench.run import Asked, bench_distill
+from stillroom_simulations.distill_bench.run import Asked, bench_distill, system_of
 
 ANIMALS = ["tapir", "zebra", "lion", "otter", "heron", "gecko", "moth", "crab", "newt", "ibex", "koala", "lemur"]
 
@@ -69,6 +69,15 @@ def test_every_recipe_learns_from_the_same_text_but_for_the_one_without_any(corp
     assert found[0].of_seed(3).seed == 3 and found[0].folder(Path("x"), 3) == Path("x/recipes/align-seed-3")
     with pytest.raises(SettingsError, match="family 'leftout' is unknown"):
         list(arms(["leftout"], [], corpora, {}, passages=None))
+
+
+def test_a_model_is_measured_over_the_document_tower_that_it_is_for(tmp_path: Path) -> None:
+    """Guards against queries of a rotated space over passages of the teacher's: both load, and nothing is found."""
+    aligned = next(iter(arms(["recipes"], ["align"], {}, {}, passages=None))).recipe
+    assert system_of(aligned, tmp_path) == f"{tmp_path}::offline"
+    assert system_of(Recipe(), tmp_path) == str(tmp_path)
+    (tmp_path / "documents").mkdir()
+    assert system_of(aligned, tmp_path) == f"{tmp_path}::{tmp_path}/documents"
 
 
 def test_figures_are_those_of_the_runs_and_a_second_call_does_nothing(

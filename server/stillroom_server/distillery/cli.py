@@ -35,7 +35,8 @@ def run(
     from rich.console import Console
 
     from stillroom_server.distillery.recipe import load_recipe
-    from stillroom_server.distillery.run import STAGES, Run, planned
+    from stillroom_server.distillery.run import Run
+    from stillroom_server.distillery.stages import STAGES, planned
     from stillroom_server.distillery.training.train import processes
     from stillroom_shared.progress import Progress
 

@@ -24,6 +24,8 @@ from stillroom_server.distillery.training.train import Student
 from stillroom_server.rerankers import write_reranker
 from stillroom_shared.release import ONNX_FILES
 
+DOCUMENTS = "documents"
+"""The document tower's folder below that of a model, where the model does not lie in its teacher's own space."""
 _PROBES = 256
 """Texts that the compressed file is compared with its source on."""
 

@@ -2,6 +2,7 @@
 
     [teachers.NAME]   who teaches; the file chooses the names (`teachers/settings.py`)
     documents         the teacher whose vectors passages keep, and in whose space the student's queries lie
+    rotate            whether that space is turned first, for vectors that can be cut
     scorers           the teachers whose scores are learned
     begins            the teacher whose weights the student begins with
     [data] [teach] [student] [losses] [training] [pruning] [compress] [architecture]
@@ -41,6 +42,11 @@ class Recipe(Group):
     documents: str | None = Field(
         None, description="teacher whose vectors passages keep; none: the student's own, or none at all"
     )
+    rotate: bool = Field(
+        False,
+        description="turn the space of `documents` to the principal directions of its vectors, so that the first values hold "
+        "most; whole vectors compare as before",
+    )
     scorers: tuple[str, ...] = Field((), description="teachers whose scores are learned; empty: all that are named")
     normalisation: Normalisation = Field("standard", description="how scores of several teachers meet, query by query")
     begins: str | None = Field(
@@ -68,6 +74,11 @@ class Recipe(Group):
         if self.searches and (self.documents is None or self.student.kind != "tower"):
             raise ValueError(
                 "searches: shapes of towers are compared in the space of `documents`: name it, and kind tower"
+            )
+        if self.rotate and (self.documents is None or self.student.kind not in ("tower", "static")):
+            raise ValueError(
+                "rotate: it is the space of `documents` that is turned, and a student of kind tower or static that lives in "
+                "it: name `documents`, or leave rotate out"
             )
         if self.documents is not None and self.teachers[self.documents].kind != "bi-encoder":
             kind = self.teachers[self.documents].kind

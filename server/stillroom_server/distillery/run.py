@@ -1,12 +1,4 @@
-"""A recipe's stages, each skipped while nothing that it depends on has changed.
-
-    lessons   public text, made queries, filter, negatives          OUT/lessons
-    teach     a cross-encoder is fine-tuned, where a teacher is it  OUT/taught
-    vectors   of all texts, by the teacher of `documents`           OUT/vectors.npy
-    scores    of all lists, by the teachers of `scorers`            OUT/scores.npy
-    search    the student's shape, where the recipe searches it     OUT/search
-    train     the student, and pruning with training in between     OUT/student, OUT/training
-    export    ONNX files, sizes, sources                            OUT/model, OUT/model/distillation.json
+"""A recipe's stages, each skipped while nothing that it depends on has changed. `stages.py` lists them.
 
 Vectors and scores are kept by content in the cache too, so another run with the same teachers computes only what is new. Under
 `accelerate launch` or `torchrun` the first process prepares while the others wait, all of them train, and the first writes.
@@ -30,18 +22,19 @@ from numpy.typing import NDArray
 from sentence_transformers import CrossEncoder, MultiVectorEncoder, SentenceTransformer
 
 from stillroom_server.distillery.architecture.run import search_architecture
+from stillroom_server.distillery.arrays import open_array
 from stillroom_server.distillery.data.prepare import prepare_lessons
-from stillroom_server.distillery.data.settings import SourceSettings
-from stillroom_server.distillery.data.sources import content_key
-from stillroom_server.distillery.exporting import export_model
+from stillroom_server.distillery.exporting import DOCUMENTS, export_model
 from stillroom_server.distillery.lessons import Lessons
 from stillroom_server.distillery.recipe import TAUGHT, Recipe
+from stillroom_server.distillery.rotation import Rotation, document_tower, rotate_array, rotated_model
 from stillroom_server.distillery.scores import ScoreCache, score_lessons
+from stillroom_server.distillery.stages import OUTPUTS, planned, stage_keys
 from stillroom_server.distillery.students.iterate import prune_iteratively
 from stillroom_server.distillery.students.make import make_student
 from stillroom_server.distillery.students.settings import StudentSettings
 from stillroom_server.distillery.students.size import size_of
-from stillroom_server.distillery.teachers.base import Embedder, Teacher
+from stillroom_server.distillery.teachers.base import Teacher
 from stillroom_server.distillery.teachers.bi_encoder import BiEncoder
 from stillroom_server.distillery.teachers.opening import open_teacher, open_teachers
 from stillroom_server.distillery.teachers.settings import TeacherSettings
@@ -50,33 +43,15 @@ from stillroom_server.distillery.training.bank import Bank
 from stillroom_server.distillery.training.curriculum import Curriculum
 from stillroom_server.distillery.training.train import Student, processes
 from stillroom_server.distillery.vectors import VectorCache, embed_lessons
-from stillroom_server.teacher import OFFLINE
 from stillroom_shared.progress import Progress, Stage
-from stillroom_shared.workspace import Workspace, key_of
+from stillroom_shared.workspace import Workspace
 
-_OUTPUTS: Mapping[str, tuple[str, ...]] = {
-    "lessons": ("lessons",),
-    "teach": ("taught",),
-    "vectors": ("vectors.npy",),
-    "scores": ("scores.npy",),
-    "search": ("search",),
-    "train": ("student", "training"),
-    "export": ("model",),
-}
 _COUNTED_TEXTS = 50_000
 """Texts in which tokens are counted."""
 _EXPORT_TEXTS = 1_024
 """Queries that files are compared and calibrated on."""
-STAGES: Mapping[str, float] = {
-    "lessons": 60.0,
-    "teach": 300.0,
-    "vectors": 120.0,
-    "scores": 120.0,
-    "search": 1200.0,
-    "train": 600.0,
-    "export": 30.0,
-}
-"""Seconds that each takes, roughly; the estimate of what is left corrects itself."""
+_TOLD = (64, 128, 256)
+"""First values of a rotated space whose share of squared length is told, beside those of `losses.matryoshka`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,6 +79,7 @@ class Run:
             "lessons": self._prepare,
             "teach": self._teach,
             "vectors": self._embed,
+            "rotate": self._rotate,
             "scores": self._score,
             "search": self._search,
             "train": self._train,
@@ -129,7 +105,7 @@ class Run:
                 _agreed(True)
             work()
 
-        skipped = self._space.stage(name, self._key(name), _OUTPUTS[name], together)
+        skipped = self._space.stage(name, self._keys[name], OUTPUTS[name], together)
         if name == "train" and skipped:
             _agreed(False)
         state.wait_for_everyone()
@@ -144,8 +120,16 @@ class Run:
         teach(self.lessons, self.recipe.teach, self.out / "taught", progress=stage)
 
     def _embed(self, stage: Stage) -> None:
-        embedder = cast(Embedder, self._teacher(cast(str, self.recipe.documents)))
-        embed_lessons(embedder, self.lessons, VectorCache(self.cache), self.out / "vectors.npy", progress=stage)
+        embed_lessons(self._embedder, self.lessons, VectorCache(self.cache), self.out / "vectors.npy", progress=stage)
+
+    def _rotate(self, stage: Stage) -> None:
+        vectors = open_array(self.out / "vectors.npy")
+        rotation = Rotation.of(vectors, lambda done, total: stage(done, 2 * total))
+        rotation.save(self.out / "rotation.npz")
+        rotate_array(rotation, vectors, self.out / "rotated.npy", lambda done, total: stage(total + done, 2 * total))
+        shutil.rmtree(self.out / DOCUMENTS, ignore_errors=True)
+        tower = document_tower(self._embedder.model, self._embedder.settings, rotation)
+        tower.save_pretrained(str(self.out / DOCUMENTS), create_model_card=False)
 
     def _score(self, stage: Stage) -> None:
         lessons = self.lessons
@@ -161,7 +145,7 @@ class Run:
             self.recipe.architecture,
             self._seeded(self.recipe.student),
             self.out / "search",
-            teacher=cast(BiEncoder, self._teacher(cast(str, self.recipe.documents))).model,
+            teacher=self._cut_from(cast(str, self.recipe.documents)),
             bank=self._curriculum.bank,
             training=self.recipe.training,
             texts=self._counted,
@@ -190,6 +174,9 @@ class Run:
             "size": asdict(size_of(student)),
             "files": files,
         }
+        if self.recipe.rotate:
+            shutil.copytree(self.out / DOCUMENTS, model / DOCUMENTS)
+            described["rotation"] = {"share_of_squared_length": self._shares}
         (model / "distillation.json").write_text(json.dumps(described, indent=1, default=str) + "\n")
 
     @cached_property
@@ -199,26 +186,45 @@ class Run:
 
     @property
     def _curriculum(self) -> Curriculum:
-        recipe, documents = self.recipe, self.recipe.documents
-        embedder = self._teacher(documents) if documents and recipe.losses.compares_layers else None
+        recipe, rotated = self.recipe, self.recipe.rotate
+        compared = recipe.documents and recipe.losses.compares_layers
         return Curriculum(
             losses=recipe.losses,
             training=recipe.training,
-            bank=Bank(self.lessons, self._said("vectors"), self._said("scores")),
-            teacher=None if embedder is None else cast(BiEncoder, embedder).model,
+            bank=Bank(
+                self.lessons,
+                self._said("rotate", "rotated") if rotated else self._said("vectors", "vectors"),
+                self._said("scores", "scores"),
+            ),
+            teacher=self._embedder.model if compared else None,
             seed=recipe.seed,
         )
 
-    def _said(self, name: str) -> NDArray[Any] | None:
+    def _said(self, stage: str, name: str) -> NDArray[Any] | None:
         """What that stage wrote; a file of a stage that is not asked for is another recipe's, of other lessons."""
-        return np.load(self.out / f"{name}.npy", mmap_mode="r") if name in planned(self.recipe) else None
+        return open_array(self.out / f"{name}.npy") if stage in planned(self.recipe) else None
 
     def _new_student(self) -> Student:
         settings = self._seeded(self.recipe.student)
         if self.recipe.searches:
             found = tomllib.loads((self.out / "search" / "architecture.toml").read_text())
             settings = StudentSettings.model_validate(found["student"])
-        return make_student(settings, cast(Any, self._teacher(self.recipe.origin)).model, self._counted)
+        return make_student(settings, self._cut_from(self.recipe.origin), self._counted)
+
+    def _cut_from(self, name: str) -> Any:
+        """The model that a student begins from; that of `documents` in the space that its vectors are in."""
+        model = cast(Any, self._teacher(name)).model
+        turned = self.recipe.rotate and name == self.recipe.documents
+        return rotated_model(model, self._rotation) if turned else model
+
+    @property
+    def _rotation(self) -> Rotation:
+        return Rotation.open(self.out / "rotation.npz")
+
+    @property
+    def _shares(self) -> dict[str, float]:
+        """Of squared length, by the first values that hold it."""
+        return self._rotation.shares([*_TOLD, *self.recipe.losses.matryoshka.dims])
 
     def _seeded(self, settings: StudentSettings) -> StudentSettings:
         return settings.model_copy(update={"seed": settings.seed + self.recipe.seed})
@@ -270,6 +276,10 @@ class Run:
             self._opened[name] = open_teacher(settings, passages=passages)
         return self._opened[name]
 
+    @property
+    def _embedder(self) -> BiEncoder:
+        return cast(BiEncoder, self._teacher(cast(str, self.recipe.documents)))
+
     @cached_property
     def _opened(self) -> dict[str, Teacher]:
         return {}
@@ -279,52 +289,18 @@ class Run:
         self.out.mkdir(parents=True, exist_ok=True)
         return Workspace(self.out)
 
-    def _key(self, name: str) -> str:
-        """Changes with everything that the stage's result depends on, the stages before it included."""
-        recipe = self.recipe.model_dump(mode="json")
-        teachers = recipe["teachers"]
-        # What decides how scores meet, and how fast they come, changes neither negatives nor vectors.
-        apart = {"weight", "temperature", "batch_size", "device", "token_cache_mib"}
-        minds = {one: {k: v for k, v in teachers[one].items() if k not in apart} for one in teachers}
-        asked = planned(self.recipe)
-        before = self._key(asked[asked.index(name) - 1]) if name != asked[0] else ""
-        own: dict[str, Any] = {
-            "lessons": [recipe["data"], recipe["seed"], self.recipe.documents, minds, self._contents],
-            "teach": recipe["teach"],
-            "vectors": [minds, self.recipe.documents],
-            "scores": [teachers, self.recipe.scoring, self.recipe.normalisation],
-            "search": [recipe[part] for part in ("architecture", "student", "training", "seed")],
-            "train": [recipe[part] for part in ("student", "losses", "training", "pruning", "seed", "begins")],
-            "export": recipe["compress"],
-        }
-        return key_of(name, before, own[name])
-
     @cached_property
-    def _contents(self) -> list[str]:
-        """Changes when a file that the recipe names does: of data, of teachers, of models that write or are taught."""
-        data = self.recipe.data
-        models = [data.synthetic.model, data.datafree.model, self.recipe.teach.model]
-        models += [one.model for one in self.recipe.teachers.values()]
-        folders = [*data.exclude.folders, *(name for name in models if name not in ("", OFFLINE, TAUGHT))]
-        named = [SourceSettings(kind="beir", data=str(folder)) for folder in folders]
-        return [content_key(one) for one in (*data.sources, *named)]
+    def _keys(self) -> Mapping[str, str]:
+        return stage_keys(self.recipe)
 
     def _remark(self, name: str) -> str:
         if name == "lessons":
             found = self.lessons
             return f"{len(found):,} texts, {found.lists:,} lists of {found.candidates}"
+        if name == "rotate":
+            held = ", ".join(f"{share:.0%} in {count}" for count, share in self._shares.items())
+            return f"squared length: {held}" if held else ""
         return ""
-
-
-def planned(recipe: Recipe) -> list[str]:
-    """The stages of a recipe, in order."""
-    wanted = {
-        "teach": recipe.teaches_first,
-        "vectors": recipe.documents is not None,
-        "scores": recipe.learns_scores,
-        "search": recipe.searches,
-    }
-    return [name for name in STAGES if wanted.get(name, True)]
 
 
 def _agreed(value: bool | None) -> bool:

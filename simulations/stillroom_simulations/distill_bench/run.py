@@ -18,8 +18,10 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from stillroom_server.distillery.exporting import DOCUMENTS
 from stillroom_server.distillery.recipe import Recipe
-from stillroom_server.distillery.run import STAGES, Run, planned
+from stillroom_server.distillery.run import Run
+from stillroom_server.distillery.stages import STAGES, planned
 from stillroom_server.teacher import OFFLINE, load_teacher
 from stillroom_shared.beir import load_beir
 from stillroom_shared.corpus import Corpus
@@ -125,7 +127,9 @@ def _measured(arm: Arm, seed: int, corpora: Sequence[Corpus], asked: Asked, cons
 
 
 def system_of(recipe: Recipe, model: Path) -> str:
-    """How `stillroom evaluate` names what a recipe made: over the teacher's document tower where that is what it is for."""
+    """How `stillroom evaluate` names what a recipe made: over the document tower that it is for, its own or the teacher's."""
+    if (model / DOCUMENTS).is_dir():
+        return f"{model}::{model / DOCUMENTS}"
     return f"{model}::{OFFLINE}" if recipe.documents else str(model)
 
 

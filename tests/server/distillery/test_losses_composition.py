@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.references import distillation as slow
 from tests.references.signals import MAP, made, some
 from torch import Tensor, nn
 
@@ -217,6 +218,30 @@ def test_matryoshka_adds_prefixes_to_losses_of_vectors() -> None:
 
     target = with_pooled_teacher(signals, pooling="attended", temperature=0.1)
     assert told["token_pooling@3"].item() == pytest.approx(cosine(truncated(target, 3)).item())
+
+
+@pytest.mark.parametrize("corpus", [False, True])
+def test_a_shortened_student_follows_the_ranking_of_the_whole_teacher(corpus: bool) -> None:
+    """Guards against a teacher that is shortened too: what its first values get wrong would be learned."""
+    signals = made(11)
+    assert signals.student_passages is not None and signals.teacher_queries is not None
+    if corpus:  # one list for all queries, and the teacher's scores its own products
+        passages = signals.student_passages[0]
+        signals = replace(
+            signals,
+            student_passages=passages.expand(len(signals.student_passages), -1, -1),
+            student_scores=some(signals.student_queries) @ passages.T,
+            teacher_scores=signals.teacher_queries @ passages.T,
+        )
+    chosen = {"listwise_kl.weight": "1", "listwise_kl.temperature": "0.5", "matryoshka.dims": "2"}
+    told = composed(chosen)(signals, 1.0)[1]
+    queries, lists = some(signals.student_queries).tolist(), some(signals.student_passages).tolist()
+    short = [
+        [slow.dot(slow.truncated(query, 2), slow.truncated(passage, 2)) for passage in own]
+        for query, own in zip(queries, lists, strict=True)
+    ]
+    whole = some(signals.teacher_scores).tolist()
+    assert told["listwise_kl@2"].item() == pytest.approx(slow.listwise_kl(short, whole, 0.5))
 
 
 @pytest.mark.parametrize(

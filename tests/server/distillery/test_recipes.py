@@ -17,7 +17,8 @@ from transformers import BertModel, PreTrainedTokenizerFast
 
 from stillroom_server.distillery.lessons import Lessons
 from stillroom_server.distillery.recipe import Recipe, load_recipe, manual, ready
-from stillroom_server.distillery.run import STAGES, Run, load_student, planned
+from stillroom_server.distillery.run import Run, load_student
+from stillroom_server.distillery.stages import STAGES, planned
 from stillroom_shared.errors import SettingsError
 from stillroom_shared.progress import Progress
 from stillroom_shared.settings_file import fields
@@ -97,6 +98,11 @@ def test_the_manual_page_of_recipes_is_current() -> None:
         ("documents = 'nobody'\n[teachers.minilm]\n", "documents is 'nobody': the teachers are minilm"),
         ("scorers = ['x']\n[teachers.minilm]\n", r"scorers\[0\] is 'x'"),
         ("documents = 'words'\n[teachers.words]\nkind = 'bm25'\n", "only a bi-encoder has a vector for each passage"),
+        ("rotate = true\n[teachers.minilm]\n", "rotate: it is the space of `documents` that is turned"),
+        (
+            "rotate = true\ndocuments = 'minilm'\n[student]\nkind = 'late-interaction'\n[teachers.minilm]\n",
+            "of kind tower or static",
+        ),
         ("searches = true\n[teachers.minilm]\n", "in the space of `documents`"),
         ("[teachers.words]\nkind = 'bm25'\n[teachers.minilm]\nweight = 2.0\n", "begin from 'words', which is bm25"),
         ("[teachers.minilm]\n[pruning]\nheads = 0.5\nteacher = 'pruned'\n", "pruning.teacher is pruned"),
@@ -197,3 +203,58 @@ def test_what_another_recipe_left_in_the_folder_is_not_learned_from(tmp_path: Pa
     own = ALIGNED.replace("documents = 'minilm'", "training.towers = 'both'")
     with pytest.raises(SettingsError, match="cosine needs teacher_queries"):
         finished(Run(recipe(own, teacher, data, tmp_path), tmp_path / "out", tmp_path / "cache"))
+
+
+ROTATED = (
+    "rotate = true\ndocuments = 'minilm'\n[data.negatives]\ncount = 0\n[training]\nranked = 'corpus'\n"
+    "[losses.cosine]\nweight = 1.0\n[losses.listwise_kl]\nweight = 0.1\ntemperature = 0.05\n[losses.matryoshka]\ndims = [8]\n"
+)
+
+
+def test_a_rotated_space_has_a_document_tower_of_its_own(tmp_path: Path, teacher: Path, data: Path) -> None:
+    """Guards against a student that learns the teacher's space, a tower that gives another, and a folder without it."""
+    chosen = recipe(ROTATED, teacher, data, tmp_path)
+    whole = chosen.student.model_copy(update={"layers": (0, 1)})  # so that it begins where the teacher is
+    run = Run(chosen.model_copy(update={"student": whole}), tmp_path / "out", tmp_path / "cache")
+    said = finished(run).splitlines()
+    assert [line.split()[0] for line in said] == ["lessons", "vectors", "rotate", "train", "export"]
+    vectors, rotated = (np.load(tmp_path / "out" / f"{name}.npy") for name in ("vectors", "rotated"))
+    assert rotated.dtype == vectors.dtype == np.float16
+    rows = run.lessons.rows("passage")
+    tower = SentenceTransformer(str(tmp_path / "out" / "model" / "documents"), device="cpu")
+    np.testing.assert_allclose(tower.encode_document(run.lessons.texts(rows)), rotated[rows], atol=2e-3)
+    assert np.abs(vectors.astype(np.float32) - rotated).max() > 0.1, "the guard: it is turned"
+    pairs, turned = (one.astype(np.float32) @ one.astype(np.float32).T for one in (vectors, rotated))
+    np.testing.assert_allclose(pairs, turned, atol=2e-3)
+    described = json.loads((tmp_path / "out" / "model" / "distillation.json").read_text())
+    share = float(np.square(rotated[:, :8].astype(np.float64)).sum() / len(rotated))
+    assert described["rotation"]["share_of_squared_length"] == {"8": pytest.approx(share, abs=1e-3)}
+    assert f"squared length: {share:.0%} in 8" in said[2]
+    student = SentenceTransformer(str(tmp_path / "out" / "model"), device="cpu")
+    queries = run.lessons.rows("query")
+    cosines = np.einsum("nd,nd->n", student.encode(run.lessons.texts(queries)), rotated[queries])
+    assert cosines.mean() > 0.9, "the student lies in the rotated space"
+
+
+def test_only_what_depends_on_the_rotation_is_made_again(tmp_path: Path, teacher: Path, data: Path) -> None:
+    """Guards against vectors that are computed twice, and a student of the one space beside documents of the other."""
+    chosen = recipe(ALIGNED, teacher, data, tmp_path)
+    out = tmp_path / "out"
+
+    def made(one: Recipe) -> dict[str, int]:
+        finished(Run(one, out, tmp_path / "cache"))
+        names = ("lessons/texts.arrow", "vectors.npy", "rotated.npy", "student/model.safetensors")
+        return {name: (out / name).stat().st_mtime_ns for name in names if (out / name).exists()}
+
+    plain = made(chosen)
+    rotated = made(chosen.model_copy(update={"rotate": True}))
+    assert rotated.pop("rotated.npy") and (out / "model" / "documents").is_dir()
+    assert {name for name in plain if plain[name] != rotated[name]} == {"student/model.safetensors"}
+    again = made(chosen.model_copy(update={"rotate": True}))
+    assert again.pop("rotated.npy") and again == rotated
+    back = made(chosen)
+    back.pop("rotated.npy")  # stays, and is not read
+    assert {name for name in back if back[name] != again[name]} >= {"student/model.safetensors"}
+    assert back["vectors.npy"] == plain["vectors.npy"]
+    assert not (out / "model" / "documents").exists()
+    assert "rotat" not in (out / "model" / "distillation.json").read_text()

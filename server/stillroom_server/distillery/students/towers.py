@@ -127,12 +127,19 @@ def leading_directions(rows: Tensor, count: int) -> Tensor:
     equal directions on every machine.
     """
     tall = rows.double()
-    _, vectors = torch.linalg.eigh(tall.T @ tall)  # ascending
-    leading = vectors.flip(1)[:, :count]
-    largest = leading.abs().argmax(0)
-    signs = torch.sign(leading[largest, torch.arange(leading.shape[1])])
-    directions: Tensor = (leading * signs).to(rows.dtype)
+    directions: Tensor = principal_directions(tall.T @ tall)[1][:, :count].to(rows.dtype)
     return directions
+
+
+def principal_directions(moments: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (dim,) of a symmetric matrix (dim, dim), falling, and its eigenvectors as columns, with settled signs.
+
+    The value of largest magnitude in each is positive.
+    """
+    values, vectors = torch.linalg.eigh(moments)  # ascending
+    vectors = vectors.flip(1)
+    largest = vectors.abs().argmax(0)
+    return values.flip(0), vectors * torch.sign(vectors[largest, torch.arange(vectors.shape[1])])
 
 
 def without_dropout(tower: BertLike) -> BertLike:

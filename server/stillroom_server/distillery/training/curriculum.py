@@ -86,6 +86,8 @@ class Curriculum:
             )
 
     def _composition(self, student: Student) -> Composition:
+        # Over the whole corpus a list of one candidate is enough to know what is relevant.
+        corpus = isinstance(student, SentenceTransformer) and self.training.ranked == "corpus"
         layered = isinstance(student, SentenceTransformer) and self.losses.compares_layers
         towers = (bert_of(student), bert_of(self._teacher)) if layered else None
         return compose(
@@ -94,7 +96,7 @@ class Curriculum:
             teacher_dim=self.bank.dimension,
             layers=towers and (towers[0].config.num_hidden_layers, towers[1].config.num_hidden_layers),
             widths=towers and (towers[0].config.hidden_size, towers[1].config.hidden_size),
-            candidates=self.bank.lessons.candidates if self.bank.lessons.lists else None,
+            candidates=self.bank.lessons.candidates if self.bank.lessons.lists and not corpus else None,
             seed=self.seed,
         )
 

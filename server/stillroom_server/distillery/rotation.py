@@ -1,0 +1,149 @@
+"""A teacher's space, turned so that the first values of its vectors hold as much of them as any so many can.
+
+    M = sum over texts of v v^T = U diag(lambda) U^T, lambda falling        rotated v = U^T v
+
+U is orthogonal: inner products of whole vectors stay as they are, and so does every ranking. Of all linear maps to d values,
+the first d of U^T v keep the most squared length of these texts (Eckart and Young 1936): lambda_1 + ... + lambda_d of the
+trace. A sentence encoder's values are in no such order, its first d are worth what any d are. M is not centred: scores are
+inner products, in which the mean counts. Principal directions of sentence vectors as initial weights of a smaller `Dense` are
+an old recipe of Sentence Transformers' `model_distillation`; here no dimension is left out, and cutting is up to the reader.
+
+The document tower is the teacher with U^T as a last linear layer; a student cut from it begins with that layer too, and
+learns it further: on export it is folded into the states of tokens (`students/export.py`).
+
+| case | what happens |
+|---|---|
+| no texts | `DataError` |
+| fewer texts than values, equal eigenvalues | U is orthogonal; within such directions any basis is as good |
+| vectors of float16 | moments in float64, products in float32, stored as they were |
+| the teacher does not normalise | the document tower does: so were the vectors |
+| the teacher ends with a linear map | U^T is multiplied into it, so that one map is folded on export |
+| the teacher's prompts or limits come from the recipe | they are written into the document tower |
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Dense, Normalize
+from torch import Tensor, nn
+
+from stillroom_server.distillery.arrays import new_array, open_array
+from stillroom_server.distillery.students.towers import principal_directions
+from stillroom_server.distillery.teachers.settings import TeacherSettings
+from stillroom_shared.errors import DataError
+
+_BLOCK = 8_192
+"""Vectors that are held at once."""
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, eq=False)
+class Rotation:
+    """An orthogonal map of a space.
+
+    >>> flat = np.array([[0.6, 0.8, 0.0], [0.8, 0.6, 0.0], [0.0, 0.0, 1.0]], np.float32)
+    >>> rotation = Rotation.of(flat)
+    >>> rotation.share(1).round(3), rotation(flat)[:, :2].round(2).tolist()
+    (0.653, [[0.9900000095367432, 0.0], [0.9900000095367432, 0.0], [0.0, 1.0]])
+
+    Attributes:
+        directions: the principal ones as columns, (dim, dim) float64.
+        lengths: squared length of all texts along each, (dim,) float64, falling.
+    """
+
+    directions: NDArray[np.float64]
+    lengths: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, vectors: NDArray[Any], progress: Progress = lambda done, total: None) -> Self:
+        """The rotation of vectors, (n, dim), read a block at a time. Raises `DataError` when there are none."""
+        if not len(vectors):
+            raise DataError("there are no vectors to find directions of: the lessons have no texts, add data.sources")
+        moments = np.zeros((vectors.shape[1], vectors.shape[1]))
+        for start in range(0, len(vectors), _BLOCK):
+            block = np.asarray(vectors[start : start + _BLOCK], np.float64)
+            moments += block.T @ block
+            progress(start + len(block), len(vectors))
+        values, directions = principal_directions(torch.from_numpy(moments))
+        return cls(directions.contiguous().numpy(), values.numpy().clip(min=0))
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """What `save` wrote."""
+        with np.load(path) as file:
+            return cls(file["directions"], file["lengths"])
+
+    def save(self, path: Path) -> None:
+        """Write it as `.npz`."""
+        np.savez(path, directions=self.directions, lengths=self.lengths)
+
+    def __call__(self, vectors: NDArray[Any]) -> NDArray[np.float32]:
+        """Vectors, (n, dim), in the rotated space."""
+        return np.asarray(vectors, np.float32) @ self.directions.astype(np.float32)
+
+    def share(self, count: int) -> float:
+        """Of the squared length of all texts, what the first so many values hold; 0 to 1."""
+        return float(self.lengths[:count].sum() / self.lengths.sum())
+
+    def shares(self, counts: Iterable[int]) -> dict[str, float]:
+        """`share` by count, of those below the dimension, ascending."""
+        return {str(count): self.share(count) for count in sorted(set(counts)) if count < len(self.lengths)}
+
+
+def rotate_array(
+    rotation: Rotation, vectors: NDArray[Any], out: Path, progress: Progress = lambda done, total: None
+) -> NDArray[Any]:
+    """All vectors in the rotated space, memory-mapped from the `.npy` file `out`, of the type that they had."""
+    with new_array(out, vectors.shape, vectors.dtype) as array:
+        for start in range(0, len(vectors), _BLOCK):
+            array[start : start + _BLOCK] = rotation(vectors[start : start + _BLOCK])
+            progress(min(start + _BLOCK, len(vectors)), len(vectors))
+    return open_array(out)
+
+
+def rotated_model(model: SentenceTransformer, rotation: Rotation) -> SentenceTransformer:
+    """A copy of a bi-encoder whose unit vectors lie in the rotated space; a student is cut from it as from its teacher."""
+    turned = copy.deepcopy(model)
+    if not isinstance(turned[-1], Normalize):
+        turned.append(Normalize())
+    last = turned[-2]
+    weight = torch.from_numpy(rotation.directions.T.copy())
+    if isinstance(last, Dense) and isinstance(last.activation_function, nn.Identity) and not last.use_residual:
+        last.linear = _followed(last.linear, weight)
+    else:
+        size = len(weight)
+        turned.insert(
+            len(turned) - 1,
+            Dense(size, size, bias=False, activation_function=nn.Identity(), init_weight=weight.float()),
+        )
+    return turned.to(model.device).eval()
+
+
+def document_tower(model: SentenceTransformer, settings: TeacherSettings, rotation: Rotation) -> SentenceTransformer:
+    """The same, which reads passages as the recipe's teacher does without being told to."""
+    tower = rotated_model(model, rotation)
+    if settings.passage_tokens is not None:
+        tower.max_seq_length = settings.passage_tokens
+    for name, prompt in (("query", settings.query_prompt), ("document", settings.passage_prompt)):
+        if prompt is not None:
+            tower.prompts[name] = prompt
+    return tower
+
+
+@torch.no_grad()
+def _followed(linear: nn.Linear, weight: Tensor) -> nn.Linear:
+    """One linear map in the place of `linear` and then `weight`."""
+    product = nn.Linear(linear.in_features, len(weight), bias=linear.bias is not None)
+    product.weight.copy_(weight @ linear.weight.double().cpu())
+    if linear.bias is not None:
+        product.bias.copy_(weight @ linear.bias.double().cpu())
+    return product

@@ -1,0 +1,96 @@
+"""The stages of a recipe: which it has, in which order, what each leaves in the folder of results, and when it is stale.
+
+lessons   public text, made queries, filter, negatives          OUT/lessons
+teach     a cross-encoder is fine-tuned, where a teacher is it  OUT/taught
+vectors   of all texts, by the teacher of `documents`           OUT/vectors.npy
+rotate    to the principal directions, where that is asked for  OUT/rotated.npy, OUT/rotation.npz, OUT/documents
+scores    of all lists, by the teachers of `scorers`            OUT/scores.npy
+search    the student's shape, where the recipe searches it     OUT/search
+train     the student, and pruning with training in between     OUT/student, OUT/training
+export    ONNX files, sizes, sources, the document tower        OUT/model, OUT/model/distillation.json
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from stillroom_server.distillery.data.settings import SourceSettings
+from stillroom_server.distillery.data.sources import content_key
+from stillroom_server.distillery.recipe import TAUGHT, Recipe
+from stillroom_server.teacher import OFFLINE
+from stillroom_shared.workspace import key_of
+
+STAGES: Mapping[str, float] = MappingProxyType(
+    {
+        "lessons": 60.0,
+        "teach": 300.0,
+        "vectors": 120.0,
+        "rotate": 10.0,
+        "scores": 120.0,
+        "search": 1200.0,
+        "train": 600.0,
+        "export": 30.0,
+    }
+)
+"""Seconds that each takes, roughly; the estimate of what is left corrects itself."""
+OUTPUTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "lessons": ("lessons",),
+        "teach": ("taught",),
+        "vectors": ("vectors.npy",),
+        "rotate": ("rotated.npy", "rotation.npz", "documents"),
+        "scores": ("scores.npy",),
+        "search": ("search",),
+        "train": ("student", "training"),
+        "export": ("model",),
+    }
+)
+"""Below the folder of results; removed when what the stage depends on has changed."""
+
+
+def planned(recipe: Recipe) -> list[str]:
+    """The stages of a recipe, in order."""
+    wanted = {
+        "teach": recipe.teaches_first,
+        "vectors": recipe.documents is not None,
+        "rotate": recipe.rotate,
+        "scores": recipe.learns_scores,
+        "search": recipe.searches,
+    }
+    return [name for name in STAGES if wanted.get(name, True)]
+
+
+def stage_keys(recipe: Recipe) -> dict[str, str]:
+    """The key of each planned stage: it changes with all that its result depends on, the stages before it included."""
+    said = recipe.model_dump(mode="json")
+    teachers = said["teachers"]
+    # What decides how scores meet, and how fast they come, changes neither negatives nor vectors.
+    apart = {"weight", "temperature", "batch_size", "device", "token_cache_mib"}
+    minds = {one: {k: v for k, v in teachers[one].items() if k not in apart} for one in teachers}
+    own: dict[str, Any] = {
+        "lessons": [said["data"], said["seed"], recipe.documents, minds, _contents(recipe)],
+        "teach": said["teach"],
+        "vectors": [minds, recipe.documents],
+        "rotate": said["rotate"],
+        "scores": [teachers, recipe.scoring, recipe.normalisation],
+        "search": [said[part] for part in ("architecture", "student", "training", "seed")],
+        "train": [said[part] for part in ("student", "losses", "training", "pruning", "seed", "begins")],
+        "export": said["compress"],
+    }
+    keys: dict[str, str] = {}
+    before = ""
+    for name in planned(recipe):
+        before = keys[name] = key_of(name, before, own[name])
+    return keys
+
+
+def _contents(recipe: Recipe) -> list[str]:
+    """Changes when a file that the recipe names does: of data, of teachers, of models that write or are taught."""
+    data = recipe.data
+    models = [data.synthetic.model, data.datafree.model, recipe.teach.model]
+    models += [one.model for one in recipe.teachers.values()]
+    folders = [*data.exclude.folders, *(name for name in models if name not in ("", OFFLINE, TAUGHT))]
+    named = [SourceSettings(kind="beir", data=str(folder)) for folder in folders]
+    return [content_key(one) for one in (*data.sources, *named)]
