@@ -3,13 +3,15 @@
     L(full) + sum over d of weight_d * L(signals truncated to d)
 
 Truncated signals: the first d values of each vector of the student, and of the teacher where its vectors are as long, made
-unit again; the student's scores are inner products of these. Sentence Transformers' `MatryoshkaLoss` over dimensions
+unit again; the student's scores are inner products of these. The teacher's scores stay those of its whole vectors: a short
+query is to rank short passages as the teacher ranks whole ones, not as its own first values do. Sentence Transformers' `MatryoshkaLoss` over dimensions
 [full, d, ...] with weights [1, weight_d, ...] is the same for losses of scores and of cosines; over its `MSELoss` it leaves the
 truncated teacher shorter than unit, and ours does not.
 
 | case | what happens |
 |---|---|
 | the teacher's vectors have another length | they stay whole: the projection maps the student's prefix to them |
+| first values that say little (a teacher that was not trained for it) | `rotate` in the recipe puts what matters first |
 | scores that are no inner products (rerankers, late interaction) | refused when composed: nothing can be truncated |
 | hidden states, attention maps, token vectors | counted once, outside the sum |
 | one list of passages for all queries (`expand`) | stays one list: nothing is copied for each query |
