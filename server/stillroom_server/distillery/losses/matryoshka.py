@@ -4,9 +4,10 @@
 
 Truncated signals: the first d values of each vector of the student, and of the teacher where its vectors are as long, made
 unit again; the student's scores are inner products of these. The teacher's scores stay those of its whole vectors: a short
-query is to rank short passages as the teacher ranks whole ones, not as its own first values do. Sentence Transformers' `MatryoshkaLoss` over dimensions
-[full, d, ...] with weights [1, weight_d, ...] is the same for losses of scores and of cosines; over its `MSELoss` it leaves the
-truncated teacher shorter than unit, and ours does not.
+query is to rank short passages as the teacher ranks whole ones, not as its own first values do.
+
+Sentence Transformers' `MatryoshkaLoss` over dimensions [full, d, ...] with weights [1, weight_d, ...] is the same for losses
+of scores and of cosines; over its `MSELoss` it leaves the truncated teacher shorter than unit, and ours does not.
 
 | case | what happens |
 |---|---|
