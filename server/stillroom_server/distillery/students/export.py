@@ -8,7 +8,7 @@ today runs, and the length of its vectors is that of the teacher's space.
 |---|---|---|
 | layers left out, fewer neurons | its `BertModel` | nothing: `publish_release` takes it |
 | fewer heads | `ShapedBertModel` | `AdapterSpec` with the length of `B`; a tower class that devices can train |
-| narrow or rotated, with a `Dense` | `ShapedBertModel` with `output_size` | its dimension apart from the tower's width; that class |
+| narrow or rotated, with a `Dense` | `ShapedBertModel` with `output_size` | its dimension apart from its width; that class |
 | static | a looked-up row, mapped | a query tower that takes no adapter, so no federated rounds |
 | late interaction | its tower with the map of its tokens; unit length and masks stay outside | an index of tokens |
 """
