@@ -52,8 +52,8 @@ class Rotation:
 
     >>> flat = np.array([[0.6, 0.8, 0.0], [0.8, 0.6, 0.0], [0.0, 0.0, 1.0]], np.float32)
     >>> rotation = Rotation.of(flat)
-    >>> rotation.share(1).round(3), rotation(flat)[:, :2].round(2).tolist()
-    (0.653, [[0.9900000095367432, 0.0], [0.9900000095367432, 0.0], [0.0, 1.0]])
+    >>> round(rotation.share(1), 3), round(rotation.share(2), 3)
+    (0.653, 0.987)
 
     Attributes:
         directions: the principal ones as columns, (dim, dim) float64.
@@ -88,7 +88,7 @@ class Rotation:
 
     def __call__(self, vectors: NDArray[Any]) -> NDArray[np.float32]:
         """Vectors, (n, dim), in the rotated space."""
-        return np.asarray(vectors, np.float32) @ self.directions.astype(np.float32)
+        return np.asarray(np.asarray(vectors, np.float32) @ self.directions.astype(np.float32), np.float32)
 
     def share(self, count: int) -> float:
         """Of the squared length of all texts, what the first so many values hold; 0 to 1."""

@@ -9,6 +9,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Dense, Normalize
 from sentence_transformers.sentence_transformer.modules import Pooling
@@ -30,10 +31,10 @@ NARROW = np.linspace(1, 0.1, DIM, dtype=np.float32)[::-1]
 """Lengths of vectors along their values, the last the longest."""
 
 
-def narrow(rows: int = 200) -> np.ndarray:
+def narrow(rows: int = 200) -> NDArray[np.float32]:
     """Unit vectors that are long in their last values, with a mean that is not zero."""
     vectors = (unit(rows) + 0.1) * NARROW
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    return np.asarray(vectors / np.linalg.norm(vectors, axis=1, keepdims=True), np.float32)
 
 
 @pytest.fixture(autouse=True)
@@ -90,7 +91,7 @@ def test_an_array_is_rotated_block_by_block_as_a_whole(tmp_path: Path) -> None:
     """Guards against a block that is left out or written twice."""
     vectors, told = narrow().astype(np.float16), list[tuple[int, int]]()
     rotation = Rotation.of(vectors)
-    made = rotate_array(rotation, vectors, tmp_path / "rotated.npy", lambda *done: told.append(done))
+    made = rotate_array(rotation, vectors, tmp_path / "rotated.npy", lambda done, total: told.append((done, total)))
     assert made.dtype == np.float16 and told[-1] == (200, 200)
     np.testing.assert_allclose(made, rotation(vectors), atol=3e-4)  # float16
 
