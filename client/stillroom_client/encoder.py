@@ -17,17 +17,20 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from stillroom_client.sessions import Session
 from stillroom_shared.adapter import Adapter
 from stillroom_shared.errors import ReleaseError
 from stillroom_shared.release import ADAPTER_INPUT, Precision, Release, SealedAdapter
 
 Vectors = NDArray[np.float32]
-_OUTPUT = "last_hidden_state"
-_STATES = itertools.count(1)
+STATES = "last_hidden_state"
+"""The output of a tower's file, (batch, tokens, dimension)."""
+
+_NO_ADAPTER: Mapping[str, Vectors] = {}
+_COUNT = itertools.count(1)
 
 
 class Encoder:
@@ -54,13 +57,17 @@ class Encoder:
         self.release = release
         self._precision = precision
         self._threads = threads
-        self._queries = _Tower(release, release.query_onnx(precision), release.query_tokens)
+        self._queries = self._tower(release.query_onnx(precision), release.query_tokens)
         self._adapter: Mapping[str, Vectors] = {}
         self.adopt(adapter)
 
     @cached_property
-    def _documents(self) -> _Tower:
-        return _Tower(self.release, self.release.document_onnx(self._precision), self.release.document_tokens)
+    def _documents(self) -> OnnxTower:
+        return self._tower(self.release.document_onnx(self._precision), self.release.document_tokens)
+
+    def _tower(self, onnx: Path, tokens: int) -> OnnxTower:
+        release = self.release
+        return OnnxTower(release.read(release.tokenizer_file), release.read(onnx), tokens)
 
     def adopt(self, adapter: Adapter | SealedAdapter | None) -> None:
         """Encode the next query with another adapter; None returns to the release's own.
@@ -84,7 +91,7 @@ class Encoder:
         # One assignment, so that a query sees the old adapter or the new one, never a mixture. A copy, because the
         # caller's array may change.
         self._adapter = {ADAPTER_INPUT + name: matrix.copy() for name, matrix in matrices.items()}
-        self.state = next(_STATES)
+        self.state = next(_COUNT)
 
     def encode_queries(self, texts: Iterable[str]) -> Vectors:
         """Query vectors, (texts, dimension), in the given order, L2-normalized."""
@@ -102,7 +109,7 @@ class Encoder:
         """Document vectors, (texts, dimension), in the given order, L2-normalized."""
         return self._encode(self._documents, texts, {})
 
-    def _encode(self, tower: _Tower, texts: Iterable[str], matrices: Mapping[str, Vectors]) -> Vectors:
+    def _encode(self, tower: OnnxTower, texts: Iterable[str], matrices: Mapping[str, Vectors]) -> Vectors:
         def vector(text: str) -> Vectors:
             return tower.vector(text, matrices)
 
@@ -114,28 +121,37 @@ class Encoder:
             return _stacked(pool.map(vector, texts), len(texts), self.release.dimension)
 
 
-class _Tower:
-    """One ONNX session and its tokenizer."""
+class OnnxTower:
+    """An ONNX file from tokens to states, and its tokenizer. Safe to call from many threads.
 
-    def __init__(self, release: Release, onnx: Path, tokens: int) -> None:
-        self._tokenizer = Tokenizer.from_buffer(release.read(release.tokenizer_file))
-        self._tokenizer.enable_truncation(tokens)
+    Args:
+        tokenizer: content of a `tokenizer.json`.
+        onnx: content of a file that gives `last_hidden_state`.
+        tokens: of a text that are read; None leaves it to the tokenizer.
+        special: whether [CLS] and [SEP] stand around a text, which a static table was not made with.
+    """
+
+    def __init__(self, tokenizer: bytes, onnx: bytes, tokens: int | None, *, special: bool = True) -> None:
+        self._tokenizer = Tokenizer.from_buffer(tokenizer)
+        if tokens is not None:
+            self._tokenizer.enable_truncation(tokens)
         self._tokenizer.no_padding()
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = options.inter_op_num_threads = 1
-        options.log_severity_level = 3
-        self._session = onnxruntime.InferenceSession(release.read(onnx), options, providers=["CPUExecutionProvider"])
+        self._special = special
+        self.session = Session(onnx)
 
     def tokens(self, text: str) -> tuple[int, ...]:
         """Token ids of one text, cut at the tower's limit."""
-        return tuple(self._tokenizer.encode(text).ids)
+        return tuple(self._tokenizer.encode(text, add_special_tokens=self._special).ids)
 
-    def vector(self, text: str, matrices: Mapping[str, Vectors]) -> Vectors:
-        """The normalized vector of one text, (dimension,)."""
-        ids = np.array([self.tokens(text)], np.int64)  # (1, tokens)
-        feed = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids), **matrices}
-        hidden: Vectors = self._session.run([_OUTPUT], feed)[0][0]  # (tokens, dimension)
-        mean = hidden.mean(axis=0)
+    def mean(self, text: str, matrices: Mapping[str, Vectors] = _NO_ADAPTER) -> Vectors:
+        """The mean state of one text's tokens, (dimension,)."""
+        ids = self.tokens(text)
+        states: Vectors = self.session.run(STATES, ids, [0] * len(ids), matrices)  # (tokens, dimension)
+        return states.mean(axis=0)  # type: ignore[no-any-return]  # NumPy types the mean loosely
+
+    def vector(self, text: str, matrices: Mapping[str, Vectors] = _NO_ADAPTER) -> Vectors:
+        """The same, normalized."""
+        mean = self.mean(text, matrices)
         return mean / np.sqrt(mean @ mean)  # type: ignore[no-any-return]  # NumPy types the quotient loosely
 
 

@@ -15,10 +15,10 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-import onnxruntime
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from stillroom_client.sessions import Session
 from stillroom_shared.errors import ReleaseError
 from stillroom_shared.release import (
     ONNX_FILES,
@@ -32,7 +32,8 @@ from stillroom_shared.release import (
 USUAL = 20
 """Results that are read again unless another number is asked for."""
 
-_OUTPUT = "logits"
+LOGITS = "logits"
+"""The output of a cross-encoder's file, (batch, 1)."""
 
 
 class Reranker:
@@ -58,34 +59,41 @@ class Reranker:
                 f"{folder / RERANKER_SETTINGS} cannot be read ({error}): upgrade Stillroom, or search without the reranker"
             ) from error
         self._threads = threads
-        self._tokenizer = Tokenizer.from_buffer(release.read(folder / TOKENIZER_NAME))
-        self._tokenizer.enable_truncation(self.tokens)  # the longer of the two is cut first
-        self._tokenizer.no_padding()
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = options.inter_op_num_threads = 1
-        options.log_severity_level = 3
-        self._session = onnxruntime.InferenceSession(
-            release.read(folder / ONNX_FILES["int8"]), options, providers=["CPUExecutionProvider"]
-        )
+        tokenizer, onnx = (release.read(folder / name) for name in (TOKENIZER_NAME, ONNX_FILES["int8"]))
+        self._scorer = PairScorer(tokenizer, onnx, self.tokens)
 
     def scores(self, query: str, passages: Sequence[str]) -> NDArray[np.float64]:
         """How well each passage answers the query, (passages,), in (0, 1)."""
-        if self._threads == 1 or len(passages) < 2:
+        return 1 / (1 + np.exp(-self._scorer.logits(query, passages, threads=self._threads)))
+
+
+class PairScorer:
+    """The ONNX file of a cross-encoder with one score, and its tokenizer. Safe to call from many threads.
+
+    Args:
+        tokenizer: content of a `tokenizer.json`.
+        onnx: content of a file that gives `logits`.
+        tokens: of query and passage together that are read; the longer of the two is cut first.
+    """
+
+    def __init__(self, tokenizer: bytes, onnx: bytes, tokens: int) -> None:
+        self._tokenizer = Tokenizer.from_buffer(tokenizer)
+        self._tokenizer.enable_truncation(tokens)
+        self._tokenizer.no_padding()
+        self.session = Session(onnx)
+
+    def logits(self, query: str, passages: Sequence[str], *, threads: int = 1) -> NDArray[np.float64]:
+        """The logit of each passage, (passages,)."""
+        if threads == 1 or len(passages) < 2:
             found = [self._logit(query, passage) for passage in passages]
         else:
-            with ThreadPoolExecutor(self._threads) as pool:  # tokenizer and session leave the interpreter lock
+            with ThreadPoolExecutor(threads) as pool:  # tokenizer and session leave the interpreter lock
                 found = list(pool.map(lambda passage: self._logit(query, passage), passages))
-        return 1 / (1 + np.exp(-np.array(found, np.float64)))
+        return np.array(found, np.float64)
 
     def _logit(self, query: str, passage: str) -> float:
         pair = self._tokenizer.encode(query, passage)
-        ids = np.array([pair.ids], np.int64)  # (1, tokens)
-        feed = {
-            "input_ids": ids,
-            "attention_mask": np.ones_like(ids),
-            "token_type_ids": np.array([pair.type_ids], np.int64),
-        }
-        return float(self._session.run([_OUTPUT], feed)[0][0, 0])
+        return float(self.session.run(LOGITS, pair.ids, pair.type_ids)[0])
 
 
 def reranked(scores: NDArray[np.float64]) -> NDArray[np.int64]:

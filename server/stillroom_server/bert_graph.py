@@ -46,6 +46,7 @@ from stillroom_shared.release import ADAPTER_INPUT
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 FROZEN = "frozen."  # prefix of the names of the constants A
+PROJECTION = "projection"  # name of a map of the states at the end, and prefix of its weights' names
 OPSET = 20
 _IR_VERSION = 9  # of opset 20; a runtime refuses files of a newer one than it knows
 ACTIVATIONS: Mapping[str, tuple[str, Mapping[str, str]]] = {
@@ -134,7 +135,7 @@ def hidden_states(graph: Graph, tower: BertModel, *, out: str, adapter: Adapter 
         x = graph.normalized(summed, layer.output.LayerNorm, f"{name}.output.LayerNorm")
     last = projection_of(tower)
     if last is not None:
-        x = graph.linear(x, last, "projection")
+        x = graph.linear(x, last, PROJECTION)
     shape = graph.add("Concat", size, graph.constant("width", [output_width(tower)]), out="size.states", axis=0)
     return graph.add("Reshape", x, shape, out=out)
 

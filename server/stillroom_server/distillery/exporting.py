@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from sentence_transformers import CrossEncoder, MultiVectorEncoder, SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from tokenizers import Tokenizer
 
 from stillroom_server.distillery.compress.quantize import CompressSettings, compress
@@ -55,7 +56,8 @@ def _tokenizer(student: Student) -> Tokenizer:
     """As a device uses it: cut to the tokens that the student reads, without padding."""
     plain = Tokenizer.from_str(_backend(student).to_str())
     plain.no_padding()
-    plain.enable_truncation(int(student.max_seq_length or 32))
+    if not isinstance(student[0], StaticEmbedding):  # whose limit stands in its tokenizer
+        plain.enable_truncation(int(student.max_seq_length or 32))
     return plain
 
 

@@ -10,15 +10,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sentence_transformers import CrossEncoder
-from torch import nn
 
 from stillroom_shared.corpus import Passage, Query
 from stillroom_simulations.evaluate import Run
@@ -30,15 +29,23 @@ _SHARD = 8  # queries
 
 @dataclass(frozen=True, eq=False)
 class Reranking:
-    """A cross-encoder with one score. `identity` is a hash of it, `weights` its bytes."""
+    """A cross-encoder with one score. `identity` is a hash of it, `weights` its bytes.
+
+    Attributes:
+        logits: of a query and each of n passages, (n,).
+        first: what finds the passages.
+        top: how many of them are read.
+        threads: queries that are worked on at the same time where nothing is timed; 1 where `logits` uses threads itself.
+    """
 
     name: str
     how: str
-    model: CrossEncoder
+    logits: Callable[[str, Sequence[str]], NDArray[np.floating]]
     identity: str
     weights: int
     first: System
     top: int
+    threads: int = 1
 
     def index(self, passages: Sequence[Passage], kept: Kept, progress: Progress = silent) -> RerankingSearcher:
         """Index the first stage."""
@@ -88,10 +95,15 @@ class RerankingSearcher:
         return [top[place] for place in np.argsort(-scores, kind="stable")[:k]]
 
     def _of_items(self, items: Sequence[str]) -> list[NDArray[np.float32]]:
-        return [self._scores(query, passages) for query, *passages in map(json.loads, items)]
+        def scored(item: str) -> NDArray[np.float32]:
+            query, *passages = json.loads(item)
+            return self._scores(query, passages)
+
+        if self.system.threads == 1:
+            return [scored(item) for item in items]
+        with ThreadPoolExecutor(self.system.threads) as pool:
+            return list(pool.map(scored, items))
 
     def _scores(self, query: str, passages: Sequence[str]) -> NDArray[np.float32]:
         """(passages,) logits."""
-        pairs = [(query, passage) for passage in passages]
-        found = self.system.model.predict(pairs, activation_fn=nn.Identity(), show_progress_bar=False)
-        return np.asarray(found, np.float32).reshape(len(passages))
+        return np.asarray(self.system.logits(query, passages), np.float32).reshape(len(passages))

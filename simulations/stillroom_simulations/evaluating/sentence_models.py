@@ -26,7 +26,9 @@ from numpy.typing import NDArray
 from sentence_transformers import CrossEncoder, MultiVectorEncoder, SentenceTransformer
 from sentence_transformers.base.model import BaseModel
 from sentence_transformers.util import load_file_path
+from torch import nn
 
+import stillroom_server.distillery.students.shaped  # noqa: F401  # `AutoModel` learns what pruned towers are
 from stillroom_server.teacher import folder_of
 from stillroom_shared.errors import SettingsError
 from stillroom_simulations.evaluating.towers import Role, Tower
@@ -87,6 +89,17 @@ def sentence_tower(loaded: Loaded, role: Role) -> Tower:
     full = model.get_embedding_dimension()
     assert full is not None
     return Tower(role, f"{role} {loaded.identity}", loaded.weights, embed, compared, full)
+
+
+def sentence_scorer(loaded: Loaded) -> Callable[[str, Sequence[str]], NDArray[np.floating]]:
+    """Logits of a cross-encoder for a query and each of n passages, (n,)."""
+    model = cast(CrossEncoder, loaded.model)
+
+    def logits(query: str, passages: Sequence[str]) -> NDArray[np.floating]:
+        pairs = [(query, passage) for passage in passages]
+        return np.asarray(model.predict(pairs, activation_fn=nn.Identity(), show_progress_bar=False), np.float32)
+
+    return logits
 
 
 def _kind(name: str, place: str) -> Kind:

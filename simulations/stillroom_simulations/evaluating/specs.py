@@ -3,13 +3,14 @@
 | written | is |
 |---|---|
 | `offline`, a folder, a name on the Hugging Face Hub | any Sentence Transformers model (`sentence_models.py`) |
+| `MODEL@int8`, `MODEL@float32`, of a folder with ONNX files | that file, run by ONNX Runtime (`onnx_models.py`) |
 | a folder with a release | both towers in int8 as a device runs them; `RELEASE@float32` in float32 |
 | a folder with a device | its index in all its modes; `HOME@hybrid`, `HOME@dense`, `HOME@bm25`, `HOME@rerank` in one |
 | `bm25` | BM25 as devices have it |
 | `QUERY::DOCUMENT` | the query tower of one, the document tower of the other: bi-encoders and releases |
 | `...@128` | vectors cut to their first 128 values (on each side of a pair) |
 
-Suffixes may follow each other: `RELEASE@float32@128`. A folder called bm25 is `./bm25`.
+Suffixes may follow each other, on either side of a pair: `MODEL@int8@128::offline@128`. A folder called bm25 is `./bm25`.
 """
 
 from __future__ import annotations
@@ -31,8 +32,9 @@ from stillroom_shared.release import Precision, Release, open_release
 from stillroom_shared.sealed import MANIFEST_NAME
 from stillroom_simulations.evaluating.homes import MODES, Asked, Home
 from stillroom_simulations.evaluating.late import LateInteraction
+from stillroom_simulations.evaluating.onnx_models import open_onnx
 from stillroom_simulations.evaluating.rerankers import Reranking
-from stillroom_simulations.evaluating.sentence_models import Loaded, load_model, sentence_tower
+from stillroom_simulations.evaluating.sentence_models import Loaded, load_model, sentence_scorer, sentence_tower
 from stillroom_simulations.evaluating.systems import System
 from stillroom_simulations.evaluating.towers import BiEncoder, Role, Tower, release_tower
 from stillroom_simulations.evaluating.words import Words
@@ -90,9 +92,12 @@ class Spec:
 
     def refuse_foreign_suffixes(self) -> None:
         """`SettingsError` when a suffix says nothing of this kind."""
-        taken = {"bm25": (), "release": ("precision", "dimension"), "home": ("mode",), "model": ("dimension",)}[
-            self.kind
-        ]
+        taken = {
+            "bm25": (),
+            "release": ("precision", "dimension"),
+            "home": ("mode",),
+            "model": ("precision", "dimension"),
+        }[self.kind]
         for name in ("precision", "mode", "dimension"):
             if (value := getattr(self, name)) is not None and name not in taken:
                 raise SettingsError(f"{self.text}: @{value} says nothing of a {self.kind}: leave it out")
@@ -105,6 +110,7 @@ class Opener:
         self._threads, self._first, self._top = threads, first_stage, top
         self._open = ExitStack()
         self._model = cache(lambda name: load_model(name, device=device))
+        self._onnx = cache(lambda name, precision: open_onnx(name, self._model(name), precision))
         self._release = cache(lambda folder: open_release(Path(folder), trusted_key=None))
         self._encoder = cache(
             lambda folder, precision: Encoder(self._release(folder), precision=precision, threads=threads)
@@ -172,7 +178,11 @@ class Opener:
             loaded: Loaded = self._model(spec.place)
             if isinstance(loaded.model, CrossEncoder | MultiVectorEncoder):
                 raise SettingsError(f"{spec.text} is a {type(loaded.model).__name__}: a pair is of two bi-encoders")
-            tower, how = sentence_tower(loaded, role), "torch float32"
+            if spec.precision is not None:
+                tower = self._onnx(spec.place, spec.precision).tower(role, threads=self._threads)
+            else:
+                tower = sentence_tower(loaded, role)
+            how = _how(spec)
         else:
             raise SettingsError(f"{spec.text} is a {spec.kind} and has no tower: a pair is of models and releases")
         return tower.shortened(spec.dimension), how + (f", {spec.dimension} dimensions" if spec.dimension else "")
@@ -184,8 +194,10 @@ class Opener:
         if spec.dimension is not None:
             raise SettingsError(f"{spec.text}: a {type(loaded.model).__name__} has no single vector to cut")
         if isinstance(loaded.model, MultiVectorEncoder):
-            how = "torch float32, MaxSim over every passage"
-            return LateInteraction(name, how, loaded.model, loaded.identity, loaded.weights)
+            if spec.precision is not None:
+                loaded = self._onnx(spec.place, spec.precision).late()
+            how = f"{_how(spec)}, MaxSim over every passage"
+            return LateInteraction(name, how, cast(MultiVectorEncoder, loaded.model), loaded.identity, loaded.weights)
         first = Spec.read(self._first)
         if first.kind == "model" and isinstance(self._model(first.place).model, CrossEncoder):
             raise SettingsError(f"--first-stage {self._first} is a cross-encoder: it needs a first stage itself")
@@ -194,9 +206,19 @@ class Opener:
             raise SettingsError(
                 f"--first-stage {self._first} is a device with several modes: write @hybrid, say, behind it"
             )
-        how = f"torch float32, reads the best {self._top} of {found[0].name}"
-        assert isinstance(loaded.model, CrossEncoder)
-        return Reranking(name, how, loaded.model, loaded.identity, loaded.weights, found[0], self._top)
+        how = f"{_how(spec)}, reads the best {self._top} of {found[0].name}"
+        if spec.precision is None:
+            logits, identity, weights = sentence_scorer(loaded), loaded.identity, loaded.weights
+            return Reranking(name, how, logits, identity, weights, found[0], self._top)
+        file = self._onnx(spec.place, spec.precision)
+        scorer = file.scorer().logits
+        return Reranking(
+            name, how, scorer, file.identity, len(file.content), found[0], self._top, threads=self._threads
+        )
+
+
+def _how(spec: Spec) -> str:
+    return "torch float32" if spec.precision is None else f"ONNX {spec.precision}"
 
 
 def short_names(places: Sequence[str]) -> dict[str, str]:

@@ -61,7 +61,7 @@ def test_what_cannot_be_evaluated_is_said(
         ([f"bm25::{bi}"], "is a bm25 and has no tower"),
         ([f"{bi}@8::{release}"], "query vectors have 8 dimensions and passage vectors 32"),
         ([f"{bi}@64"], "@64: vectors of 32 values"),
-        ([f"{bi}@int8"], "@int8 says nothing of a model"),
+        (["bm25@int8"], "@int8 says nothing of a bm25"),
         ([f"{release}@hybrid"], "@hybrid says nothing of a release"),
         (["bm25", "bm25"], "bm25 is named twice"),
         ([], "at least one model"),

@@ -26,7 +26,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling, StaticEm
 from torch import nn
 from transformers import BertModel
 
-from stillroom_server.bert_graph import INPUTS, Graph
+from stillroom_server.bert_graph import INPUTS, PROJECTION, Graph
 from stillroom_server.distillery.students.shaped import ShapedBertConfig, ShapedBertModel
 from stillroom_server.distillery.students.towers import bert_of
 from stillroom_server.export import OUTPUT, export
@@ -94,5 +94,5 @@ def export_table(module: StaticEmbedding, path: Path, linear: nn.Linear | None =
         rows = graph.add("Reshape", found, graph.constant("rows", [-1, linear.in_features]), out="found.rows")
         size = graph.add("Shape", INPUTS[0], out="size")
         shape = graph.add("Concat", size, graph.constant("width", [width]), out="size.states", axis=0)
-        states = graph.add("Reshape", graph.linear(rows, linear, "projection"), shape, out=OUTPUT)
+        states = graph.add("Reshape", graph.linear(rows, linear, PROJECTION), shape, out=OUTPUT)
     onnx.save(graph.model(states, ("batch", "tokens", width)), path)
