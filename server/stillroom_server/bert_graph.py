@@ -17,6 +17,11 @@ Measured on one core with 3 layers of width 384 in int8, a query of 8 to 12 toke
 An adapter's branch `B (A x)` is added to the projection it adapts; `A` is a constant, `B` an initializer that is an input
 as well, which may be overridden at run time (ONNX IR).
 
+| asked for | written |
+|---|---|
+| the states of all tokens (`hidden_states`) | every layer for every token |
+| that of the first token (`first_state`), as cross-encoders do | the last layer for that token, keys and values for all |
+
 | tower | result |
 |---|---|
 | layers with different numbers of heads, or widths of the feed-forward part (pruned) | as they are |
@@ -28,6 +33,7 @@ as well, which may be overridden at run time (ONNX IR).
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -115,29 +121,73 @@ def hidden_states(graph: Graph, tower: BertModel, *, out: str, adapter: Adapter 
         ReleaseError: the tower is no plain BERT encoder, or the adapter does not fit it.
     """
     _check(tower, adapter)
-    size = graph.add("Shape", INPUTS[0], out="size")  # (batch, tokens)
-    x = _embedded(graph, tower)
-    mask = _additive_mask(graph)
-    for number, layer in enumerate(tower.encoder.layer):
-        assert isinstance(layer, BertLayer)
-        name = f"encoder.layer.{number}"
-        attention = layer.attention.self
-        assert isinstance(attention, BertSelfAttention)
-        context = _attended(graph, x, mask, size, attention, f"{name}.attention.self", number, adapter)
-        projected = graph.linear(context, layer.attention.output.dense, f"{name}.attention.output.dense")
-        summed = graph.add("Add", projected, x, out=f"{name}.attention.output.sum")
-        x = graph.normalized(summed, layer.attention.output.LayerNorm, f"{name}.attention.output.LayerNorm")
-        wide = graph.linear(x, layer.intermediate.dense, f"{name}.intermediate.dense")
-        kind, attributes = ACTIVATIONS[tower.config.hidden_act]
-        wide = graph.add(kind, wide, out=f"{name}.intermediate.activation", **attributes)
-        narrow = graph.linear(wide, layer.output.dense, f"{name}.output.dense")
-        summed = graph.add("Add", narrow, x, out=f"{name}.output.sum")
-        x = graph.normalized(summed, layer.output.LayerNorm, f"{name}.output.LayerNorm")
+    x, mask = _begun(graph, tower)
+    for number in range(len(tower.encoder.layer)):
+        x = _layer(graph, tower, number, x, x, mask, adapter)
     last = projection_of(tower)
     if last is not None:
-        x = graph.linear(x, last, PROJECTION)
-    shape = graph.add("Concat", size, graph.constant("width", [output_width(tower)]), out="size.states", axis=0)
-    return graph.add("Reshape", x, shape, out=out)
+        x = replace(x, states=graph.linear(x.states, last, PROJECTION))
+    return _of_texts(graph, x, output_width(tower), out)
+
+
+def first_state(graph: Graph, tower: BertModel) -> str:
+    """Write a plain tower of which only the last hidden state of each text's first token is asked for, (batch, dim).
+
+    In the last layer only that token asks, so only its attention, feed-forward part and normalizations are computed; keys and
+    values are those of all tokens. The value is the same.
+
+    Raises:
+        ReleaseError: the tower is no plain BERT encoder.
+    """
+    _check(tower, None)
+    x, mask = _begun(graph, tower)
+    last = len(tower.encoder.layer) - 1
+    for number in range(last):
+        x = _layer(graph, tower, number, x, x, mask, None)
+    states = _of_texts(graph, x, tower.config.hidden_size, "states")
+    first = graph.add("Gather", states, graph.constant("first", 0), out="states.first", axis=1)
+    texts = graph.add("Shape", INPUTS[0], out="texts", start=0, end=1)
+    size = graph.add("Concat", texts, graph.constant("single", [1]), out="size.first", axis=0)
+    return _layer(graph, tower, last, _Rows(first, size), x, mask, None).states
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """States (batch * tokens, dim) and their size (batch, tokens), by name."""
+
+    states: str
+    size: str
+
+
+def _begun(graph: Graph, tower: BertModel) -> tuple[_Rows, str]:
+    """What the first layer reads: embeddings, and the mask."""
+    size = graph.add("Shape", INPUTS[0], out="size")
+    return _Rows(_embedded(graph, tower), size), _additive_mask(graph)
+
+
+def _of_texts(graph: Graph, x: _Rows, width: int, out: str) -> str:
+    """(batch, tokens, width)."""
+    shape = graph.add("Concat", x.size, graph.constant("width", [width]), out="size.states", axis=0)
+    return graph.add("Reshape", x.states, shape, out=out)
+
+
+def _layer(
+    graph: Graph, tower: BertModel, number: int, x: _Rows, seen: _Rows, mask: str, adapter: Adapter | None
+) -> _Rows:
+    """One layer for the tokens x, which look at the tokens `seen`."""
+    layer = tower.encoder.layer[number]
+    assert isinstance(layer, BertLayer)
+    name = f"encoder.layer.{number}"
+    context = _attended(graph, x, seen, mask, layer.attention.self, number, adapter)
+    projected = graph.linear(context, layer.attention.output.dense, f"{name}.attention.output.dense")
+    summed = graph.add("Add", projected, x.states, out=f"{name}.attention.output.sum")
+    own = graph.normalized(summed, layer.attention.output.LayerNorm, f"{name}.attention.output.LayerNorm")
+    wide = graph.linear(own, layer.intermediate.dense, f"{name}.intermediate.dense")
+    kind, attributes = ACTIVATIONS[tower.config.hidden_act]
+    wide = graph.add(kind, wide, out=f"{name}.intermediate.activation", **attributes)
+    narrow = graph.linear(wide, layer.output.dense, f"{name}.output.dense")
+    summed = graph.add("Add", narrow, own, out=f"{name}.output.sum")
+    return replace(x, states=graph.normalized(summed, layer.output.LayerNorm, f"{name}.output.LayerNorm"))
 
 
 def output_width(tower: BertModel) -> int:
@@ -180,31 +230,31 @@ def _additive_mask(graph: Graph) -> str:
 
 
 def _attended(
-    graph: Graph,
-    x: str,
-    mask: str,
-    size: str,
-    attention: BertSelfAttention,
-    name: str,
-    number: int,
-    adapter: Adapter | None,
+    graph: Graph, x: _Rows, seen: _Rows, mask: str, attention: nn.Module, number: int, adapter: Adapter | None
 ) -> str:
-    """Multi-head attention without its output projection, (batch * tokens, heads * head size)."""
-    width = attention.attention_head_size
+    """Multi-head attention of x to `seen` without its output projection, (batch * tokens of x, heads * head size)."""
+    assert isinstance(attention, BertSelfAttention)
+    name, width = f"encoder.layer.{number}.attention.self", attention.attention_head_size
     # The number of heads is left open: pruned layers have their own.
-    heads = graph.add("Concat", size, graph.constant(f"heads.{width}", [-1, width]), out=f"{name}.heads", axis=0)
-    turned = {"query": (0, 2, 1, 3), "key": (0, 2, 3, 1), "value": (0, 2, 1, 3)}
+    heads = graph.constant(f"heads.{width}", [-1, width])
+    of_seen = graph.add("Concat", seen.size, heads, out=f"{name}.heads", axis=0)
+    of_x = of_seen if x.size == seen.size else graph.add("Concat", x.size, heads, out=f"{name}.heads.asking", axis=0)
     parts = {}
-    for part, order in turned.items():
+    for part, rows, shape, order in (
+        ("query", x.states, of_x, (0, 2, 1, 3)),
+        ("key", seen.states, of_seen, (0, 2, 3, 1)),
+        ("value", seen.states, of_seen, (0, 2, 1, 3)),
+    ):
         projection = attention.get_submodule(part)
         assert isinstance(projection, nn.Linear)
-        flat = _adapted(graph, x, graph.linear(x, projection, f"{name}.{part}"), f"layer.{number}.{part}", adapter)
-        split = graph.add("Reshape", flat, heads, out=f"{name}.{part}.split")
+        flat = graph.linear(rows, projection, f"{name}.{part}")
+        flat = _adapted(graph, rows, flat, f"layer.{number}.{part}", adapter)
+        split = graph.add("Reshape", flat, shape, out=f"{name}.{part}.split")
         parts[part] = graph.add("Transpose", split, out=f"{name}.{part}.heads", perm=order)
     scores = graph.add("MatMul", parts["query"], parts["key"], out=f"{name}.products")
     scale = graph.constant(f"scale.{width}", float(width**-0.5))
     scores = graph.add("Add", graph.add("Mul", scores, scale, out=f"{name}.scaled"), mask, out=f"{name}.scores")
-    share = graph.add("Softmax", scores, out=f"{name}.shares", axis=-1)  # (batch, heads, tokens, tokens)
+    share = graph.add("Softmax", scores, out=f"{name}.shares", axis=-1)  # (batch, heads, tokens of x, tokens)
     context = graph.add("MatMul", share, parts["value"], out=f"{name}.context")
     context = graph.add("Transpose", context, out=f"{name}.context.turned", perm=(0, 2, 1, 3))
     value = attention.get_submodule("value")

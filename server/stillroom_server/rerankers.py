@@ -6,7 +6,8 @@ manifest's table of files covers it, so signature and hashes do too. It needs no
 before rerankers verifies such a release, and leaves the folder unused.
 
 Inputs `input_ids`, `attention_mask`, `token_type_ids` (batch, tokens) int64; output `logits` (batch, 1) float32. Weights are
-quantized like those of the document tower (`export.py`).
+quantized like those of the document tower (`export.py`). The logit is read off the first token, so the last layer is written
+for that token alone (`bert_graph.first_state`). Files of versions that computed all tokens give the same.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from tokenizers import Tokenizer
 from torch import nn
 from transformers import BertForSequenceClassification, PreTrainedTokenizerFast
 
-from stillroom_server.bert_graph import Graph, hidden_states
+from stillroom_server.bert_graph import Graph, first_state
 from stillroom_server.export import quantize
 from stillroom_server.publish import write_tokenizer
 from stillroom_shared.errors import ReleaseError
@@ -158,9 +159,9 @@ def _export(scorer: BertForSequenceClassification, path: Path) -> None:
     tower = scorer.bert
     assert tower.pooler is not None
     graph = Graph()
-    states = hidden_states(graph, tower, out="last_hidden_state")
-    first = graph.add("Gather", states, graph.constant("first", 0), out="first_state", axis=1)  # (batch, dim)
-    pooled = graph.add("Tanh", graph.linear(first, tower.pooler.dense, "pooler.dense"), out="pooled")
+    pooled = graph.add(
+        "Tanh", graph.linear(first_state(graph, tower), tower.pooler.dense, "pooler.dense"), out="pooled"
+    )
     onnx.save(graph.model(graph.linear(pooled, scorer.classifier, OUTPUT), ("batch", 1)), path)
 
 

@@ -5,19 +5,25 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnx
 import pytest
+import torch
 from numpy.typing import NDArray
+from onnx import TensorProto, helper
+from onnxruntime import InferenceSession
 from sentence_transformers import CrossEncoder
 from tests.scorers import trained
 from transformers import BertConfig, BertForSequenceClassification, BertModel, PreTrainedTokenizerFast
 
-from stillroom_client.rerank import Reranker
+from stillroom_client.rerank import PairScorer, Reranker
+from stillroom_server.bert_graph import Graph, hidden_states
 from stillroom_server.publish import publish_release
 from stillroom_server.rerankers import export_reranker, with_reranker
 from stillroom_shared.errors import ReleaseError
-from stillroom_shared.release import Release, open_release
+from stillroom_shared.release import ONNX_FILES, Release, open_release
 from stillroom_shared.signing import SigningKey
 
 PAIRS = [
@@ -55,6 +61,39 @@ def test_the_device_scores_as_the_cross_encoder_does(reranking: Release, scorer:
     expected = np.log(truth / (1 - truth))
     np.testing.assert_allclose(logits(PAIRS), expected, atol=0.05)
     assert np.abs(logits([(passage, query) for query, passage in PAIRS]) - expected).max() > 0.1, "the order matters"
+
+
+def test_the_last_layer_is_computed_for_the_first_token_alone_and_gives_the_same(
+    tmp_path: Path, scorer: CrossEncoder, reranking: Release
+) -> None:
+    """Guards against a row of another text or of padding, keys of one token, a layer in full, and refusing earlier files."""
+    model, tokenizer = scorer.model, scorer.tokenizer
+    assert isinstance(model, BertForSequenceClassification) and model.bert.pooler is not None
+    limits: dict[str, Any] = {"padding": True, "truncation": True, "max_length": 48, "return_tensors": "np"}
+    batch = tokenizer([a for a, _ in PAIRS[:3]], [b for _, b in PAIRS[:3]], **limits)
+    with torch.inference_mode():
+        truth = model(**{name: torch.from_numpy(value) for name, value in batch.items()}).logits.numpy()
+    path, earlier = reranking.folder / "reranker" / ONNX_FILES["float32"], tmp_path / "earlier.onnx"
+    file = onnx.load(path)
+    watched = [
+        f"encoder.layer.1.{part}.product" for part in ("attention.self.key", "attention.self.query", "output.dense")
+    ]
+    file.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in watched)
+    found, *rows = InferenceSession(file.SerializeToString()).run(["logits", *watched], dict(batch))
+    np.testing.assert_allclose(found, truth, atol=1e-5)
+    assert np.ptp(truth) > 0.1 and [len(own) for own in rows] == [batch["input_ids"].size, 3, 3]
+
+    graph = Graph()  # every token in every layer, as it was written before
+    states = hidden_states(graph, model.bert, out="last_hidden_state")
+    first = graph.add("Gather", states, graph.constant("first", 0), out="first_state", axis=1)
+    pooled = graph.add("Tanh", graph.linear(first, model.bert.pooler.dense, "pooler.dense"), out="pooled")
+    onnx.save(graph.model(graph.linear(pooled, model.classifier, "logits"), ("batch", 1)), earlier)
+    words = (reranking.folder / "reranker" / "tokenizer.json").read_bytes()
+    logits = [
+        [PairScorer(words, one.read_bytes(), 48).logits(query, [passage])[0] for query, passage in PAIRS]
+        for one in (path, earlier)
+    ]
+    np.testing.assert_allclose(*logits, atol=1e-5)
 
 
 def test_export_says_how_far_it_is_off_and_refuses_what_is_not_the_model(

@@ -131,7 +131,7 @@ def _as_a_device(model: OnnxModel) -> Callable[[str], Vectors] | None:
     def vector(text: str) -> Vectors:
         if static and not tower.tokens(text):  # the mean of no rows
             return nothing
-        mean = tower.mean(text)
+        mean: Vectors = tower.mean(text)
         return unit(mean[None])[0] if normalized else mean
 
     return vector
