@@ -17,6 +17,7 @@ def register(app: typer.Typer) -> None:
     group.command()(run)
     group.command()(recipes)
     group.command()(teach)
+    group.command()(export)
     app.add_typer(group)
 
 
@@ -95,3 +96,20 @@ def teach(
         done = fine_tune(Lessons.open(lessons), chosen, out, stage)
         stage.note(f"{done.lists:,} lists, {done.steps:,} steps")
     typer.echo(f"nDCG@10 on {done.held_out:,} held-out lists: {done.before:.3f} before, {done.after:.3f} after: {out}")
+
+
+def export(
+    model: Annotated[str, typer.Argument(help="offline, or folder or name of a Sentence Transformers model.")],
+    out: Annotated[Path, typer.Argument(help="A new folder for the model and its ONNX files.")],
+) -> None:
+    """Write any model with the ONNX files that students get, to measure it by the same runtime."""
+    from stillroom_shared.asked import only_our_own_progress
+
+    only_our_own_progress()
+    from stillroom_server.distillery.exporting import export_named
+    from stillroom_shared.release import ONNX_FILES
+
+    for name, value in export_named(model, out).items():
+        typer.echo(f"{name.replace('_', ' '):16} {value:,.6g}")
+    for precision, path in ONNX_FILES.items():
+        typer.echo(f"stillroom evaluate {out}@{precision}  measures {path}")

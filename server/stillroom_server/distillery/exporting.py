@@ -1,6 +1,9 @@
-"""From a trained student of any kind to the folder that is shipped or served: the saved model with its ONNX files.
+"""From a model of any kind to the folder that is shipped, served or measured: the saved model with its ONNX files.
 
-| student | float32 | compressed |
+`export_model` takes the student of a recipe, `export_named` any model by its name, a teacher say, so that one runtime measures
+both (`stillroom evaluate MODEL@int8`).
+
+| model | float32 | compressed |
 |---|---|---|
 | tower, static table, late interaction | `students/export.py`: states that a device pools | as the recipe says |
 | reranker | `stillroom_server.rerankers`: a logit for each pair | int8, as in releases |
@@ -10,8 +13,9 @@ Files lie where Sentence Transformers looks for them (`ONNX_FILES`), so its ONNX
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,15 +24,23 @@ from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from tokenizers import Tokenizer
 
 from stillroom_server.distillery.compress.quantize import CompressSettings, compress
+from stillroom_server.distillery.data.documentation import sections
 from stillroom_server.distillery.students.export import export_student
+from stillroom_server.distillery.teachers.loading import load_model
+from stillroom_server.distillery.teachers.opening import model_type
 from stillroom_server.distillery.training.train import Student
+from stillroom_server.docstrings import STANDARD_LIBRARY
 from stillroom_server.rerankers import write_reranker
+from stillroom_server.teacher import folder_of
 from stillroom_shared.release import ONNX_FILES
+from stillroom_shared.sealed import new_folder
 
 DOCUMENTS = "documents"
 """The document tower's folder below that of a model, where the model does not lie in its teacher's own space."""
 _PROBES = 256
 """Texts that the compressed file is compared with its source on."""
+_PASSAGES = 32
+"""The same for a model by name; they are longer."""
 
 
 def export_model(student: Student, folder: Path, settings: CompressSettings, texts: Sequence[str]) -> dict[str, Any]:
@@ -50,6 +62,26 @@ def export_model(student: Student, folder: Path, settings: CompressSettings, tex
     probes, calibration = texts[:_PROBES], texts[_PROBES:]
     done = compress(source, target, settings, tokenizer=_tokenizer(student), calibration=calibration, probes=probes)
     return asdict(done)
+
+
+def export_named(name: str, folder: Path, settings: CompressSettings | None = None) -> dict[str, Any]:
+    """Write a model into a new folder with its ONNX files: "offline", a folder or a name; a bi-encoder, cross-encoder or other.
+
+    The compressed file is compared on documentation of the standard library.
+
+    Raises:
+        SettingsError: there is no such model, or its tower is no BERT.
+        ReleaseError: the folder exists, or a file cannot hold the model: pooling that is not the mean, several outputs.
+    """
+    kinds: dict[str, Callable[..., Student]] = {
+        "CrossEncoder": CrossEncoder,
+        "MultiVectorEncoder": MultiVectorEncoder,
+    }
+    model = load_model(kinds.get(model_type(folder_of(name)), SentenceTransformer), name, device="cpu")
+    with new_folder(folder) as partial:
+        return export_model(
+            model, partial, settings or CompressSettings(), list(islice(sections([STANDARD_LIBRARY]), _PASSAGES))
+        )
 
 
 def _tokenizer(student: Student) -> Tokenizer:

@@ -1,0 +1,65 @@
+"""`stillroom distill export`: the files of students, for any model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import typer
+from sentence_transformers import CrossEncoder, SentenceTransformer
+from tests.server.distillery.tiny_models import save_models
+from transformers import BertModel, PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+from stillroom_client.encoder import OnnxTower
+from stillroom_client.rerank import PairScorer
+from stillroom_server.distillery.cli import register
+from stillroom_server.distillery.exporting import export_named
+from stillroom_shared.errors import ReleaseError, SettingsError
+from stillroom_shared.release import ONNX_FILES
+
+LONG = "given the list of members of a zip file " * 9
+
+
+@pytest.fixture(scope="module")
+def saved(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_towers: tuple[BertModel, BertModel],
+    tiny_tokenizer: PreTrainedTokenizerFast,
+) -> dict[str, str]:
+    return save_models(tmp_path_factory.mktemp("saved"), tiny_towers[1], tiny_tokenizer)
+
+
+def test_the_command_writes_what_the_model_computes(saved: dict[str, str], tmp_path: Path) -> None:
+    """A teacher measured at another length than it was trained for is another teacher; so is one of another kind."""
+    app = typer.Typer()
+    register(app)
+    for name in ("bi-encoder", "cross-encoder", "colbert"):
+        done = CliRunner().invoke(app, ["distill", "export", saved[name], str(tmp_path / name)])
+        assert done.exit_code == 0 and f"{tmp_path / name}@int8" in done.output, done.output
+        assert all((tmp_path / name / file).is_file() for file in ONNX_FILES.values())
+    model = SentenceTransformer(saved["bi-encoder"], device="cpu")
+    folder = tmp_path / "bi-encoder"
+    words, onnx = ((folder / name).read_bytes() for name in ("tokenizer.json", ONNX_FILES["float32"]))
+    tower = OnnxTower(words, onnx, model.max_seq_length)
+    assert len(tower.tokens(LONG)) == model.max_seq_length == 48
+    np.testing.assert_allclose(tower.mean(LONG), model.encode(LONG), atol=2e-5)
+    scorer = CrossEncoder(saved["cross-encoder"], device="cpu")
+    folder = tmp_path / "cross-encoder"
+    words, onnx = ((folder / name).read_bytes() for name in ("tokenizer.json", ONNX_FILES["float32"]))
+    found = PairScorer(words, onnx, int(scorer.max_seq_length or 0)).logits("open a zip", [LONG])[0]
+    truth = scorer.predict([("open a zip", LONG)])[0]
+    assert 1 / (1 + np.exp(-found)) == pytest.approx(truth, abs=1e-5)
+
+
+def test_what_cannot_be_written_is_refused(saved: dict[str, str], tmp_path: Path) -> None:
+    """Half a folder, or files over those of another model, would be measured as this one."""
+    (tmp_path / "there").mkdir()
+    with pytest.raises(ReleaseError, match="there exists"):
+        export_named(saved["bi-encoder"], tmp_path / "there")
+    with pytest.raises(ReleaseError, match="with 3 outputs"):
+        export_named(saved["three"], tmp_path / "three")
+    with pytest.raises(SettingsError, match="cannot be loaded"):
+        export_named("no-such-model", tmp_path / "none")
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]
