@@ -144,6 +144,10 @@ class Lessons:
         """Rows of all texts of a role, ascending."""
         return np.flatnonzero(self.roles == ROLES.index(role))
 
+    def rows_of(self, *roles: Role) -> NDArray[np.int64]:
+        """Rows of all texts of some roles, ascending."""
+        return np.flatnonzero(np.isin(self.roles, [ROLES.index(role) for role in roles]))
+
     @cached_property
     def roles(self) -> NDArray[np.uint8]:
         """The index in `ROLES` of each text, (texts,)."""

@@ -21,11 +21,14 @@ from pydantic import Field, model_validator
 from stillroom_server.distillery.architecture.settings import ArchitectureSettings
 from stillroom_server.distillery.compress.quantize import CompressSettings
 from stillroom_server.distillery.data.settings import DataSettings, SourceSettings
+from stillroom_server.distillery.lessons import ROLES
 from stillroom_server.distillery.losses.settings import LossesSettings
 from stillroom_server.distillery.students.settings import PruningSettings, StudentSettings
+from stillroom_server.distillery.teachers.base import Role
 from stillroom_server.distillery.teachers.settings import TeacherSettings
 from stillroom_server.distillery.teachers.teacher_set import Normalisation
 from stillroom_server.distillery.teaching import TeachSettings
+from stillroom_server.distillery.training.reading import embedded_roles, reads_scores
 from stillroom_server.distillery.training.settings import TrainingSettings
 from stillroom_shared.errors import SettingsError
 from stillroom_shared.settings_file import Group, load, reference
@@ -106,9 +109,17 @@ class Recipe(Group):
     @property
     def learns_scores(self) -> bool:
         """Whether any loss reads scores that teachers give to lists; over the whole corpus they are products of vectors."""
-        losses = self.losses
-        reads = losses.margin_mse.active or losses.listwise_kl.active or losses.soft_hard.active
-        return reads and self.training.ranked == "listed"
+        return reads_scores(self.losses, self.training)
+
+    @property
+    def embedded(self) -> tuple[Role, ...]:
+        """Roles of the texts whose vectors, by the teacher of `documents`, any stage reads."""
+        if self.documents is None:
+            return ()
+        if self.searches:  # trials are ranked over all passages
+            return ROLES
+        weighed = self.pruning.active and self.pruning.criterion == "taylor"
+        return embedded_roles(self.losses, self.training, self.student.kind) or (("query",) if weighed else ())
 
     @property
     def teaches_first(self) -> bool:

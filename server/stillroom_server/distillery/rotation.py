@@ -14,6 +14,7 @@ learns it further: on export it is folded into the states of tokens (`students/e
 | case | what happens |
 |---|---|
 | no texts | `DataError` |
+| texts that no loss reads, so that nobody embedded them (NaN) | left out; they stay NaN |
 | fewer texts than values, equal eigenvalues | U is orthogonal; within such directions any basis is as good |
 | vectors of float16 | moments in float64, products in float32, stored as they were |
 | the teacher does not normalise | the document tower does: so were the vectors |
@@ -66,13 +67,14 @@ class Rotation:
     @classmethod
     def of(cls, vectors: NDArray[Any], progress: Progress = lambda done, total: None) -> Self:
         """The rotation of vectors, (n, dim), read a block at a time. Raises `DataError` when there are none."""
-        if not len(vectors):
-            raise DataError("there are no vectors to find directions of: the lessons have no texts, add data.sources")
         moments = np.zeros((vectors.shape[1], vectors.shape[1]))
         for start in range(0, len(vectors), _BLOCK):
             block = np.asarray(vectors[start : start + _BLOCK], np.float64)
-            moments += block.T @ block
+            embedded = block[~np.isnan(block).any(1)]
+            moments += embedded.T @ embedded
             progress(start + len(block), len(vectors))
+        if not moments.any():
+            raise DataError("there are no vectors to find directions of: the lessons have no texts, add data.sources")
         values, directions = principal_directions(torch.from_numpy(moments))
         return cls(directions.contiguous().numpy(), values.numpy().clip(min=0))
 

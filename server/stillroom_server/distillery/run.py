@@ -120,7 +120,8 @@ class Run:
         teach(self.lessons, self.recipe.teach, self.out / "taught", progress=stage)
 
     def _embed(self, stage: Stage) -> None:
-        embed_lessons(self._embedder, self.lessons, VectorCache(self.cache), self.out / "vectors.npy", progress=stage)
+        rows = self.lessons.rows_of(*self.recipe.embedded)
+        embed_lessons(self._embedder, self.lessons, VectorCache(self.cache), self.out / "vectors.npy", stage, rows=rows)
 
     def _rotate(self, stage: Stage) -> None:
         vectors = open_array(self.out / "vectors.npy")

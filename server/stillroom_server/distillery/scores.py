@@ -119,7 +119,8 @@ def score_lessons(
         ]
         chunks = (teacher.combine([one[chunk] for one in raw]) for chunk in _chunks(lessons))
     elif isinstance(teacher, Embedder):
-        vectors = embed_lessons(teacher, lessons, cache.vectors, out.with_suffix(".vectors.npy"), progress)
+        rows = np.union1d(lessons.queries, lessons.passages)
+        vectors = embed_lessons(teacher, lessons, cache.vectors, out.with_suffix(".vectors.npy"), progress, rows=rows)
         chunks = (_products(vectors, lessons, chunk) for chunk in _chunks(lessons))
     else:
         chunks = (_scored(teacher, lessons, cache, chunk) for chunk in _chunks(lessons))

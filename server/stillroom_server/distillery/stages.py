@@ -2,7 +2,7 @@
 
 lessons   public text, made queries, filter, negatives          OUT/lessons
 teach     a cross-encoder is fine-tuned, where a teacher is it  OUT/taught
-vectors   of all texts, by the teacher of `documents`           OUT/vectors.npy
+vectors   of texts that are read, by the teacher of `documents` OUT/vectors.npy
 rotate    to the principal directions, where that is asked for  OUT/rotated.npy, OUT/rotation.npz, OUT/documents
 scores    of all lists, by the teachers of `scorers`            OUT/scores.npy
 search    the student's shape, where the recipe searches it     OUT/search
@@ -54,7 +54,7 @@ def planned(recipe: Recipe) -> list[str]:
     """The stages of a recipe, in order."""
     wanted = {
         "teach": recipe.teaches_first,
-        "vectors": recipe.documents is not None,
+        "vectors": bool(recipe.embedded),
         "rotate": recipe.rotate,
         "scores": recipe.learns_scores,
         "search": recipe.searches,
@@ -72,7 +72,7 @@ def stage_keys(recipe: Recipe) -> dict[str, str]:
     own: dict[str, Any] = {
         "lessons": [said["data"], said["seed"], recipe.documents, minds, _contents(recipe)],
         "teach": said["teach"],
-        "vectors": [minds, recipe.documents],
+        "vectors": [minds, recipe.documents, recipe.embedded],
         "rotate": said["rotate"],
         "scores": [teachers, recipe.scoring, recipe.normalisation],
         "search": [said[part] for part in ("architecture", "student", "training", "seed")],

@@ -13,6 +13,7 @@ float32 keeps every bit.
 | a text asked for as a query and as a passage | two vectors |
 | the same text twice | computed once |
 | a vector that is not finite, or beyond float16 | `DataError`; nothing of that shard is kept |
+| a row of lessons that was not asked for | NaN, which no text that was embedded has |
 | `out` exists | replaced, whole, when the new one is done |
 """
 
@@ -107,20 +108,29 @@ def embed_lessons(
     cache: VectorCache,
     out: Path,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    *,
+    rows: NDArray[np.int64] | None = None,
 ) -> NDArray[Any]:
     """The vector of every text in its own role, (texts, dimension), memory-mapped from the `.npy` file `out`.
 
     In the order of `lessons` and of the type that the cache stores. Memory: the texts and vectors of one window.
+
+    Args:
+        rows: of the texts that are embedded, ascending; none: all. The others are NaN.
     """
+    wanted = np.arange(len(lessons)) if rows is None else rows
     finished = 0
     with new_array(out, (len(lessons), embedder.dimension), cache.storage) as array:
-        for role in ROLES:
-            for rows in batches(lessons.rows(role), WINDOW):
-                array[rows] = cache.window(
+        if len(wanted) < len(lessons):
+            for start in range(0, len(lessons), WINDOW):
+                array[start : start + WINDOW] = np.nan
+        for number, role in enumerate(ROLES):
+            for part in batches(wanted[lessons.roles[wanted] == number], WINDOW):
+                array[part] = cache.window(
                     embedder,
-                    lessons.texts(rows),
+                    lessons.texts(part),
                     role,
-                    lambda done, before=finished: progress(before + done, len(lessons)),  # type: ignore[misc]
+                    lambda done, before=finished: progress(before + done, len(wanted)),  # type: ignore[misc]
                 )
-                finished += len(rows)
+                finished += len(part)
     return open_array(out)

@@ -158,11 +158,25 @@ def test_vectors_lie_as_the_texts_do(lessons: Lessons, tmp_path: Path, storage: 
     assert cache.embed(embedder, [], "query").shape == (0, 8)
 
 
+def test_only_the_rows_asked_for_are_embedded(lessons: Lessons, tmp_path: Path) -> None:
+    """A text that nobody reads costs as much as any other; left at zero, it is taken for a vector."""
+    embedder, seen = Embedding(), list[tuple[int, int]]()
+    queries, passages = lessons.rows_of("query"), lessons.rows_of("passage")
+    found = embed_lessons(
+        embedder, lessons, VectorCache(tmp_path), tmp_path / "v.npy", lambda *done: seen.append(done), rows=queries
+    )
+    assert {role for _, role in embedder.texts} == {"query"} and len(embedder.texts) == len(queries)
+    assert np.isfinite(found[queries]).all() and np.isnan(found[passages]).all()
+    assert seen[-1] == (len(queries), len(queries))
+    assert lessons.rows_of("query", "passage").tolist() == list(range(len(lessons)))
+
+
 def test_a_bi_encoder_reads_each_text_once(lessons: Lessons, tmp_path: Path) -> None:
-    """A passage in fifty lists is embedded fifty times."""
+    """A passage in fifty lists is embedded fifty times, or one in none at all."""
     embedder, cache = Embedding(), ScoreCache(tmp_path / "cache")
     found = score_lessons(embedder, lessons, cache, tmp_path / "out.npy")
-    assert len(embedder.texts) == len(lessons) and not embedder.pairs
+    listed = {*lessons.texts(lessons.queries), *lessons.texts(lessons.passages.ravel())}
+    assert len(embedder.texts) == len(listed) < len(lessons) and not embedder.pairs
     asked = Embedding().embed(lessons.texts(lessons.queries), "query")
     for row in range(lessons.lists):
         read = Embedding().embed(lessons.texts(lessons.passages[row]), "passage")

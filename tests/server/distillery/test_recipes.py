@@ -16,6 +16,7 @@ from tests.server.distillery.learners import WORDS
 from transformers import BertModel, PreTrainedTokenizerFast
 
 from stillroom_server.distillery.lessons import Lessons
+from stillroom_server.distillery.losses.settings import LossesSettings
 from stillroom_server.distillery.recipe import Recipe, load_recipe, manual, ready
 from stillroom_server.distillery.run import Run, load_student
 from stillroom_server.distillery.stages import STAGES, planned
@@ -152,6 +153,7 @@ def test_a_run_makes_a_model_and_does_each_stage_once(tmp_path: Path, teacher: P
     compressed = chosen.model_copy(update={"compress": chosen.compress.model_copy(update={"scheme": "int4"})})
     finished(Run(compressed, tmp_path / "out", tmp_path / "cache"))
     assert (tmp_path / "out" / "student" / "model.safetensors").stat().st_mtime_ns == stamp
+    assert np.isfinite(np.load(tmp_path / "out" / "vectors.npy")).all(), "listed passages are read"
     trained = chosen.model_copy(update={"seed": 1})
     finished(Run(trained, tmp_path / "out", tmp_path / "cache"))
     assert (tmp_path / "out" / "student" / "model.safetensors").stat().st_mtime_ns != stamp
@@ -195,6 +197,20 @@ def test_what_a_named_folder_holds_is_looked_at_again(tmp_path: Path, teacher: P
     after = np.load(tmp_path / "out" / "vectors.npy")
     assert len(after) == len(before) + (changed == "data")
     assert changed == "data" or not np.array_equal(after, before)
+
+
+def test_passages_are_embedded_when_a_loss_begins_to_read_them(tmp_path: Path, teacher: Path, data: Path) -> None:
+    """Guards against hours spent on vectors that nothing reads, and against their absence under a recipe that does."""
+    chosen = recipe(ALIGNED, teacher, data, tmp_path)
+    finished(Run(chosen, tmp_path / "out", tmp_path / "cache"))
+    lessons = Lessons.open(tmp_path / "out" / "lessons")
+    before = np.load(tmp_path / "out" / "vectors.npy")
+    assert np.isfinite(before[lessons.rows("query")]).all() and np.isnan(before[lessons.rows("passage")]).all()
+    listed = chosen.model_copy(
+        update={"losses": LossesSettings.model_validate({"cosine": {"weight": 1}, "contrastive": {"weight": 1}})}
+    )
+    finished(Run(listed, tmp_path / "out", tmp_path / "cache"))
+    assert np.isfinite(np.load(tmp_path / "out" / "vectors.npy")).all()
 
 
 def test_what_another_recipe_left_in_the_folder_is_not_learned_from(tmp_path: Path, teacher: Path, data: Path) -> None:

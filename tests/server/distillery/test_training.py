@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ from tests.server.distillery.learners import CANDIDATES, late, lessons, reranker
 from torch import Tensor, nn
 
 from stillroom_server.distillery.lessons import Lessons, LessonsWriter
-from stillroom_server.distillery.losses.settings import LossesSettings
+from stillroom_server.distillery.losses.settings import LossesSettings, Weighted
 from stillroom_server.distillery.losses.signals import Signals
 from stillroom_server.distillery.students.towers import bert_of
+from stillroom_server.distillery.teachers.base import Role
 from stillroom_server.distillery.training.bank import Bank
 from stillroom_server.distillery.training.batches import LENGTH, LikeLengths, Reading, list_set, text_set
 from stillroom_server.distillery.training.curriculum import Curriculum
@@ -32,6 +34,7 @@ from stillroom_server.distillery.training.objectives import (
     RerankObjective,
     TextObjective,
 )
+from stillroom_server.distillery.training.reading import embedded_roles
 from stillroom_server.distillery.training.settings import TrainingSettings
 from stillroom_server.distillery.training.watching import watched
 from stillroom_shared.errors import DataError, SettingsError
@@ -42,7 +45,9 @@ ALIGN = LossesSettings.model_validate({"cosine": {"weight": 1}})
 
 
 class Kept(nn.Module):
-    """In the place of a composition: keeps the signals of the last batch."""
+    """In the place of a composition: reads everything, and keeps the signals of the last batch."""
+
+    needs = frozenset(field.name for field in fields(Signals))
 
     def __init__(self) -> None:
         super().__init__()
@@ -132,6 +137,48 @@ def test_signals_of_lists_rank_the_candidates_they_name(folder: Path, bank: Bank
         query = bank.vectors[bank.lessons.queries[number]]
         taught = [float(query @ bank.vectors[row]) for row in rows] if corpus else bank.scores[number]
         np.testing.assert_allclose(signals.teacher_scores[place], taught, atol=1e-5)  # type: ignore[index]
+
+
+def test_a_text_that_was_not_embedded_is_never_learned_from(folder: Path, bank: Bank, tmp_path: Path) -> None:
+    """Guards against rows without a vector, which as zeros would be learned as a place in the teacher's space."""
+    assert bank.vectors is not None
+    queries, passages = bank.lessons.rows("query"), bank.lessons.rows("passage")
+    partial = np.array(bank.vectors, np.float16)
+    partial[passages] = np.nan
+    some = Bank(bank.lessons, partial, bank.scores)
+    assert some.vectors_of(queries).isfinite().all()
+    for row, rows in ((passages[0], passages[:1]), (passages[3], np.array([[queries[0], passages[3]]]))):
+        with pytest.raises(DataError, match=f"text {row} was not embedded, .* of passage texts too"):
+            some.vectors_of(rows)
+    with pytest.raises(DataError, match="was not embedded"):
+        listed = LossesSettings.model_validate({"margin_mse": {"weight": 1}})
+        Curriculum(losses=listed, training=QUICK, bank=some).learn(tower(folder), tmp_path)
+
+
+WEIGHED = sorted(name for name, group in LossesSettings() if isinstance(group, Weighted) and name[:5] != "token")
+
+
+@pytest.mark.parametrize("towers", ["query", "both"])
+@pytest.mark.parametrize("name", WEIGHED)
+def test_what_is_embedded_is_what_is_read(folder: Path, bank: Bank, tmp_path: Path, name: str, towers: Any) -> None:
+    """Guards against a loss whose passages are left out, and against hours spent on vectors that nothing reads."""
+    losses = LossesSettings.model_validate({name: {"weight": 1}})
+    training = QUICK.model_copy(update={"towers": towers, "epochs": 1.0, "batch_size": 32})
+    embedded = embedded_roles(losses, training, "tower")
+
+    def learn(roles: tuple[Role, ...]) -> None:
+        vectors = np.full_like(bank.vectors, np.nan)
+        rows = bank.lessons.rows_of(*roles)
+        vectors[rows] = unit(len(bank.lessons))[rows]
+        own = Bank(bank.lessons, vectors, bank.scores)
+        Curriculum(losses=losses, training=training, bank=own, teacher=tower(folder)).learn(
+            tower(folder), tmp_path / "-".join(roles)
+        )
+
+    learn(embedded)
+    if "passage" in embedded:
+        with pytest.raises(DataError, match="was not embedded"):
+            learn(("query",))
 
 
 def test_both_towers_learn_from_lists_when_they_shall(folder: Path, bank: Bank) -> None:

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from stillroom_server.distillery.losses.alignment import Projection
 from stillroom_server.distillery.losses.checks import missing
 from stillroom_server.distillery.losses.matryoshka import truncated
-from stillroom_server.distillery.losses.parts import VECTORS, Part, Sizes, parts
+from stillroom_server.distillery.losses.needs import VECTORS
+from stillroom_server.distillery.losses.parts import Part, Sizes, parts
 from stillroom_server.distillery.losses.settings import LossesSettings
 from stillroom_server.distillery.losses.signals import Signals
 from stillroom_shared.errors import SettingsError

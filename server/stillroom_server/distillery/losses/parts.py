@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from stillroom_server.distillery.losses.alignment import SIDES, cosine, l2
+from stillroom_server.distillery.losses.alignment import cosine, l2
 from stillroom_server.distillery.losses.checks import missing
 from stillroom_server.distillery.losses.layers import attention_maps, hidden_states, uniform_map, uniform_state_map
 from stillroom_server.distillery.losses.listwise import contrastive, listwise_kl, soft_hard
 from stillroom_server.distillery.losses.margins import margin_hinge, margin_mse
+from stillroom_server.distillery.losses.needs import reads
 from stillroom_server.distillery.losses.settings import (
     AttentionMapsSettings,
     ContrastiveSettings,
@@ -35,9 +36,6 @@ from stillroom_server.distillery.losses.settings import (
 from stillroom_server.distillery.losses.signals import Signals
 from stillroom_server.distillery.losses.tokens import token_alignment, with_pooled_teacher
 from stillroom_shared.errors import SettingsError
-
-VECTORS = frozenset({"student_queries", "student_passages"})
-"""What scores of shorter vectors, and of other queries' passages, are computed from."""
 
 
 class Learned(NamedTuple):
@@ -106,53 +104,50 @@ def parts(settings: LossesSettings, sizes: Sizes) -> tuple[Part, ...]:
 def _alignment(name: str, function: Callable[..., Tensor], settings: L2Settings | CosineSettings, sizes: Sizes) -> Part:
     if sizes.teacher_dim is None:
         raise SettingsError(missing(name, "teacher_queries"))
-    sides = SIDES[settings.side]
     return Part(
         name=name,
         settings=settings,
-        needs=frozenset(f"{who}_{side}" for who in ("student", "teacher") for side in sides),
+        needs=reads(name, settings),
         value=lambda signals, project, _: function(signals, side=settings.side, project=project),
         learned=_learned("vectors", sizes.student_dim, sizes.teacher_dim),
     )
 
 
-def _over_scores(
-    name: str, settings: Weighted, sizes: Sizes, value: Value, *, teacher: bool, vectors: bool = False
-) -> Part:
-    if sizes.candidates is not None and sizes.candidates < 2 and not vectors:
+def _over_scores(name: str, settings: Weighted, sizes: Sizes, value: Value) -> Part:
+    needs = reads(name, settings)
+    if sizes.candidates is not None and sizes.candidates < 2 and "student_scores" in needs:
         raise SettingsError(
             f"loss {name} compares candidates, and lists have {sizes.candidates}: prepare lists of 2 or more"
         )
-    needs = (VECTORS if vectors else {"student_scores"}) | ({"teacher_scores"} if teacher else set())
-    return Part(name=name, settings=settings, needs=frozenset(needs), value=value)
+    return Part(name=name, settings=settings, needs=needs, value=value)
 
 
 def _margin_mse(settings: MarginMseSettings, sizes: Sizes) -> Part:
     def value(signals: Signals, _: nn.Module | None, progress: float) -> Tensor:
         return margin_mse(signals, student_scale=settings.student_scale)
 
-    return _over_scores("margin_mse", settings, sizes, value, teacher=True)
+    return _over_scores("margin_mse", settings, sizes, value)
 
 
 def _margin_hinge(settings: MarginHingeSettings, sizes: Sizes) -> Part:
     def value(signals: Signals, _: nn.Module | None, progress: float) -> Tensor:
         return margin_hinge(signals, margin=settings.margin_at(progress))
 
-    return _over_scores("margin_hinge", settings, sizes, value, teacher=False)
+    return _over_scores("margin_hinge", settings, sizes, value)
 
 
 def _listwise_kl(settings: ListwiseKlSettings, sizes: Sizes) -> Part:
     def value(signals: Signals, _: nn.Module | None, progress: float) -> Tensor:
         return listwise_kl(signals, temperature=settings.temperature, student_scale=settings.student_scale)
 
-    return _over_scores("listwise_kl", settings, sizes, value, teacher=True)
+    return _over_scores("listwise_kl", settings, sizes, value)
 
 
 def _contrastive(settings: ContrastiveSettings, sizes: Sizes) -> Part:
     def value(signals: Signals, _: nn.Module | None, progress: float) -> Tensor:
         return contrastive(signals, temperature=settings.temperature, in_batch=settings.in_batch)
 
-    return _over_scores("contrastive", settings, sizes, value, teacher=False, vectors=settings.in_batch)
+    return _over_scores("contrastive", settings, sizes, value)
 
 
 def _soft_hard(settings: SoftHardSettings, sizes: Sizes) -> Part:
@@ -165,7 +160,7 @@ def _soft_hard(settings: SoftHardSettings, sizes: Sizes) -> Part:
             student_scale=settings.student_scale,
         )
 
-    return _over_scores("soft_hard", settings, sizes, value, teacher=True)
+    return _over_scores("soft_hard", settings, sizes, value)
 
 
 def _hidden_states(settings: HiddenStatesSettings, sizes: Sizes) -> Part:
@@ -177,7 +172,7 @@ def _hidden_states(settings: HiddenStatesSettings, sizes: Sizes) -> Part:
     return Part(
         name="hidden_states",
         settings=settings,
-        needs=frozenset({"student_states", "teacher_states", "mask"}),
+        needs=reads("hidden_states", settings),
         value=lambda signals, project, _: hidden_states(signals, layer_map=layer_map, project=project),
         learned=_learned("states", *sizes.widths),
         truncates=False,
@@ -192,7 +187,7 @@ def _attention_maps(settings: AttentionMapsSettings, sizes: Sizes) -> Part:
     return Part(
         name="attention_maps",
         settings=settings,
-        needs=frozenset({"student_attentions", "teacher_attentions", "mask"}),
+        needs=reads("attention_maps", settings),
         value=lambda signals, _, progress: attention_maps(signals, layer_map=layer_map, distance=settings.distance),
         truncates=False,
     )
@@ -201,12 +196,10 @@ def _attention_maps(settings: AttentionMapsSettings, sizes: Sizes) -> Part:
 def _token_pooling(settings: TokenPoolingSettings, sizes: Sizes) -> Part:
     if sizes.token_dims is None:
         raise SettingsError(missing("token_pooling", "teacher_tokens"))
-    needs = {"student_queries", "teacher_tokens", "teacher_mask"}
-    attended = {"teacher_passage_tokens", "teacher_passage_mask"} if settings.pooling == "attended" else set()
     return Part(
         name="token_pooling",
         settings=settings,
-        needs=frozenset(needs | attended),
+        needs=reads("token_pooling", settings),
         # Pooled before vectors are truncated: what the passage answers is told from whole token vectors.
         prepare=partial(with_pooled_teacher, pooling=settings.pooling, temperature=settings.temperature),
         value=lambda signals, project, _: cosine(signals, project=project, loss="token_pooling"),
@@ -220,7 +213,7 @@ def _token_alignment(settings: Weighted, sizes: Sizes) -> Part:
     return Part(
         name="token_alignment",
         settings=settings,
-        needs=frozenset({"student_tokens", "teacher_tokens", "mask"}),
+        needs=reads("token_alignment", settings),
         value=lambda signals, project, _: token_alignment(signals, project=project),
         learned=_learned("tokens", *sizes.token_dims),
         truncates=False,

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from stillroom_server.distillery.lessons import Lessons
+from stillroom_server.distillery.lessons import ROLES, Lessons
 from stillroom_shared.errors import DataError
 
 
@@ -20,7 +20,8 @@ class Bank:
 
     Attributes:
         lessons: texts and lists.
-        vectors: unit vectors of the teacher whose space the student shares, (texts, dim), of any float type; or None.
+        vectors: unit vectors of the teacher whose space the student shares, (texts, dim), of any float type; or None. Rows of
+            texts that were not embedded, because nothing should read them, are NaN.
         scores: of the teachers together, (lists, k) float32; or None.
     """
 
@@ -41,12 +42,19 @@ class Bank:
         return None if self.vectors is None else int(self.vectors.shape[1])
 
     def vectors_of(self, rows: NDArray[np.int64]) -> Tensor:
-        """Vectors of texts, (*rows.shape, dim) float32."""
+        """Vectors of texts, (*rows.shape, dim) float32. Raises `DataError` for a text that was not embedded."""
         if self.vectors is None:
             raise DataError("there are no teacher's vectors: name `documents` in the recipe")
         # Rows in ascending order are read from disk in one sweep.
         unique, places = np.unique(rows, return_inverse=True)
-        return torch.from_numpy(np.asarray(self.vectors[unique], np.float32)[places.reshape(rows.shape)])
+        found = np.asarray(self.vectors[unique], np.float32)
+        if (absent := np.isnan(found[:, :1]).any(axis=1)).any():
+            row = int(unique[absent][0])
+            raise DataError(
+                f"text {row} was not embedded, nor {int(absent.sum()) - 1} others that are read: make the vectors again, of "
+                f"{ROLES[self.lessons.roles[row]]} texts too"
+            )
+        return torch.from_numpy(found[places.reshape(rows.shape)])
 
     @cached_property
     def passages(self) -> Tensor:

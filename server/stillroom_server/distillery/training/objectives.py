@@ -77,6 +77,10 @@ class _Objective(nn.Module):
         self._clock.note(parts)
         return cast(Tensor, total)
 
+    def _reads(self, signal: str) -> bool:
+        """Whether a loss reads it: only what is read has been embedded."""
+        return signal in self.composition.needs
+
     def _scores(self, numbers: NDArray[np.int64]) -> Tensor | None:
         scores = self._bank.scores
         return None if scores is None else torch.from_numpy(np.array(scores[numbers]))
@@ -116,7 +120,7 @@ class TextObjective(_Objective):
         found: dict[str, Any] = {"student_queries": vectors}
         if "attention_mask" in features:
             found["mask"] = features["attention_mask"]
-        if self._bank.vectors is not None:
+        if self._bank.vectors is not None and self._reads("teacher_queries"):
             found["teacher_queries"] = self._bank.vectors_of(rows)
         if student is not None:
             found |= _states("student", student)
@@ -144,12 +148,13 @@ class ListObjective(TextObjective):
     def _over_list(
         self, queries: Mapping[str, Tensor], numbers: NDArray[np.int64], passages: Sequence[Features]
     ) -> dict[str, Tensor | None]:
-        constants = self._constants(numbers)
+        constants: Tensor | None
         if passages:  # both towers learn
             columns = [self.model(dict(one))["sentence_embedding"].float() for one in passages]
             vectors = torch.stack(columns, dim=1)  # (batch, k, dim)
+            constants = self._constants(numbers) if self._reads("teacher_passages") else None
         else:
-            vectors = cast(Tensor, constants)
+            vectors = constants = cast(Tensor, self._constants(numbers))
         return {
             "student_passages": vectors,
             "teacher_passages": constants,
@@ -168,7 +173,9 @@ class ListObjective(TextObjective):
         return {
             "student_passages": corpus.expand(len(numbers), -1, -1),
             "student_scores": queries["student_queries"] @ corpus.T,
-            "teacher_scores": queries["teacher_queries"] @ corpus.T,
+            "teacher_scores": self._bank.vectors_of(self._bank.lessons.queries[numbers]) @ corpus.T
+            if self._reads("teacher_scores")
+            else None,
             "grades": self._bank.grades_of(self._bank.lessons.queries[numbers]),
         }
 
