@@ -114,7 +114,8 @@ class Run:
     def _prepare(self, stage: Stage) -> None:
         data = self.recipe.data
         data = data.model_copy(update={"seed": data.seed + self.recipe.seed})
-        prepare_lessons(data, self.out / "lessons", teacher=self._miner, progress=stage)
+        cache = VectorCache(self.cache)
+        prepare_lessons(data, self.out / "lessons", teacher=self._miner, cache=cache, progress=stage)
 
     def _teach(self, stage: Stage) -> None:
         teach(self.lessons, self.recipe.teach, self.out / "taught", progress=stage)

@@ -96,7 +96,10 @@ class VectorCache:
             with np.errstate(over="ignore"):
                 vectors = embedder.embed([texts[row] for row in shard.tolist()], role).astype(self.storage)
             if not np.isfinite(vectors).all():
-                raise DataError(f"a vector is not finite as {self.storage}: embed in float32, or mend the model")
+                wrong = texts[int(shard[~np.isfinite(vectors).all(1)][0])]
+                raise DataError(
+                    f"the vector of {role} {wrong[:60]!r} is not finite as {self.storage}: embed in float32, or mend the model"
+                )
             store.put(keys[shard], vectors)
             done(len(texts) - len(missing) + start + len(shard))
         return store.get(keys)[1]

@@ -19,9 +19,10 @@ from stillroom_server.distillery.data.candidates import Dense, Judged, Lexical
 from stillroom_server.distillery.data.negatives import Mined, mine
 from stillroom_server.distillery.data.roundtrip import ranks
 from stillroom_server.distillery.data.settings import NegativeSettings, RoundTripSettings
-from stillroom_server.distillery.data.vectors import nearest, vectors_of
+from stillroom_server.distillery.data.vectors import nearest
 from stillroom_server.distillery.lessons import Lessons, LessonsWriter
 from stillroom_server.distillery.teachers.base import Teacher
+from stillroom_server.distillery.vectors import VectorCache, embed_lessons
 from stillroom_shared.errors import DataError
 
 WORDS = [
@@ -65,7 +66,8 @@ def lessons(tmp_path_factory: pytest.TempPathFactory) -> Lessons:
 
 @pytest.fixture(scope="module")
 def dense(lessons: Lessons, tmp_path_factory: pytest.TempPathFactory) -> Dense:
-    return Dense.prepare(HashedWords(), lessons, tmp_path_factory.mktemp("vectors"), lambda done, total: None)
+    folder = tmp_path_factory.mktemp("vectors")
+    return Dense.prepare(HashedWords(), lessons, folder, VectorCache(folder, "float32"), lambda done, total: None)
 
 
 def mined(
@@ -86,41 +88,54 @@ def products(lessons: Lessons) -> dict[int, dict[int, float]]:
 
 
 def test_the_nearest_are_the_nearest_whatever_the_blocks(
-    lessons: Lessons, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    lessons: Lessons, dense: Dense, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A merge that loses a block's best passages mines easy negatives, in silence."""
-    monkeypatch.setattr(vectors, "PIECE", 16)
-    teacher = HashedWords()
-    passages = vectors_of(teacher, lessons, "passage", tmp_path)
-    asked = teacher.embed(lessons.texts(lessons.rows("query")), "query")
-    everything = asked @ np.concatenate(passages.pieces).T
+    asked = HashedWords().embed(lessons.texts(lessons.rows("query")), "query")
+    everything = asked @ HashedWords().embed(lessons.texts(lessons.rows("passage")), "passage").T
     for size in (16, 48, 1 << 20):
         monkeypatch.setattr(vectors.Vectors.blocks, "__defaults__", (size,))
-        found, scores = nearest(asked, passages, 20)
+        found, scores = nearest(asked, dense.passages, 20)
         best = -np.sort(-everything, axis=1)[:, :20]
         np.testing.assert_allclose(scores, best, atol=1e-5)
         np.testing.assert_allclose(np.take_along_axis(everything, found, 1), best, atol=1e-5)
         assert all(len(set(row.tolist())) == 20 for row in found)
-    assert nearest(asked, passages, 1_000)[0].shape == (len(asked), 300)
+    assert nearest(asked, dense.passages, 1_000)[0].shape == (len(asked), 300)
 
 
-def test_vectors_are_made_once(lessons: Lessons, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Embedding is where the hours go: a run that was cut off must not begin again."""
-    monkeypatch.setattr(vectors, "PIECE", 64)
-    teacher = HashedWords()
-    first = vectors_of(teacher, lessons, "passage", tmp_path)
-    assert teacher.texts == 300
-    again = vectors_of(teacher, lessons, "passage", tmp_path)
-    assert teacher.texts == 300
-    np.testing.assert_array_equal(np.concatenate(first.pieces), np.concatenate(again.pieces))
-    np.testing.assert_array_equal(first[np.array([299, 0, 65])], np.concatenate(first.pieces)[[299, 0, 65]])
-    [piece] = tmp_path.rglob("00000001.arrow")
-    piece.unlink()
-    vectors_of(teacher, lessons, "passage", tmp_path)
-    assert teacher.texts == 300 + 64
+def test_what_is_embedded_for_mining_is_not_embedded_again(lessons: Lessons, tmp_path: Path) -> None:
+    """Embedding is where the hours go: neither training, nor a run that was cut off, nor the next one may do it twice."""
+    teacher, cache = HashedWords(), VectorCache(tmp_path / "cache")
+    dense = Dense.prepare(teacher, lessons, tmp_path, cache, lambda done, total: None)
+    assert teacher.texts == len(lessons) and dense.passages.stored.dtype == np.float16
+    trained = embed_lessons(teacher, lessons, VectorCache(tmp_path / "cache"), tmp_path / "vectors.npy")
+    again = Dense.prepare(teacher, lessons, tmp_path / "again", cache, lambda done, total: None)
+    assert teacher.texts == len(lessons), "some were embedded twice"
+    np.testing.assert_array_equal(trained[lessons.rows("passage")], again.passages[np.arange(300)])
+    places = np.array([299, 0, 65])
+    exact = HashedWords().embed(lessons.texts(lessons.rows("passage")[places]), "passage")
+    np.testing.assert_allclose(dense.passages[places], exact, atol=5e-4)
+    np.testing.assert_allclose(
+        dense.vectors(lessons.rows("query")[[7]]),
+        HashedWords().embed(lessons.texts(lessons.rows("query")[[7]]), "query"),
+        atol=5e-4,
+    )
     other = HashedWords(identity="another")
-    vectors_of(other, lessons, "passage", tmp_path)
-    assert other.texts == 300, "another teacher's vectors were taken for this one's"
+    Dense.prepare(other, lessons, tmp_path, cache, lambda done, total: None)
+    assert other.texts == len(lessons), "another teacher's vectors were taken for this one's"
+
+
+def test_float16_moves_no_negative_further_than_its_rounding(lessons: Lessons, dense: Dense, tmp_path: Path) -> None:
+    """Rounded vectors may exchange passages that tie, and no others."""
+    cache = VectorCache(tmp_path / "cache")
+    rounded = Dense.prepare(HashedWords(), lessons, tmp_path, cache, lambda done, total: None)
+    scores = products(lessons)
+    plain = {"count": 4, "relative_margin": None}
+    lists = [mined(lessons, one, tmp_path / str(number), **plain) for number, one in enumerate((dense, rounded))]
+    for exact, other in zip(*lists, strict=True):
+        left, right = ([scores[one.query][row] for row in one.passages[1:]] for one in (exact, other))
+        assert (exact.query, exact.passages[0]) == (other.query, other.passages[0])
+        np.testing.assert_allclose(left, right, atol=1e-3)
 
 
 def test_a_vector_that_is_not_finite_is_refused_with_its_text(lessons: Lessons, tmp_path: Path) -> None:
@@ -129,11 +144,11 @@ def test_a_vector_that_is_not_finite_is_refused_with_its_text(lessons: Lessons, 
     class Broken(HashedWords):
         def embed(self, texts: Sequence[str], role: Any) -> Any:
             found = super().embed(texts, role)
-            found[3] = np.nan
+            found[np.array([text.endswith(" 3?") for text in texts])] = np.nan
             return found
 
-    with pytest.raises(DataError, match=r"vector of text 3 is not finite: "):
-        vectors_of(Broken(), lessons, "passage", tmp_path)
+    with pytest.raises(DataError, match=r"vector of query '.* 3\?' is not finite"):
+        Dense.prepare(Broken(), lessons, tmp_path, VectorCache(tmp_path), lambda done, total: None)
 
 
 class _Library:
@@ -245,7 +260,7 @@ def test_a_small_corpus_is_refused_or_used_up(tmp_path: Path) -> None:
         rows = writer.texts(["a tapir", "a zebra", "a lemur", "an otter"], "passage", source := writer.source("zoo"))
         writer.list(writer.text("tapir", "query", source), [rows[0]], [1], source)
     small = Lessons.open(tmp_path / "small")
-    near = Dense.prepare(HashedWords(), small, tmp_path, lambda done, total: None)
+    near = Dense.prepare(HashedWords(), small, tmp_path, VectorCache(tmp_path), lambda done, total: None)
     with pytest.raises(DataError, match=r"data.negatives.count 4: there are only 4 passages, so give at most 3"):
         mined(small, near, tmp_path, count=4)
     [one] = mined(small, near, tmp_path, count=3, relative_margin=None)

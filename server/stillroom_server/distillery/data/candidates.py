@@ -26,6 +26,7 @@ from stillroom_server.distillery.data.shards import Shards
 from stillroom_server.distillery.data.vectors import Vectors, nearest, vectors_of
 from stillroom_server.distillery.lessons import Lessons, batches
 from stillroom_server.distillery.teachers.base import Embedder, FloatArray, Teacher
+from stillroom_server.distillery.vectors import VectorCache
 from stillroom_shared.errors import DataError
 from stillroom_shared.workspace import key_of
 
@@ -140,20 +141,17 @@ class Dense:
     passages: Vectors
 
     @classmethod
-    def prepare(cls, embedder: Embedder, lessons: Lessons, folder: Path, progress: Progress) -> Dense:
+    def prepare(
+        cls, embedder: Embedder, lessons: Lessons, folder: Path, cache: VectorCache, progress: Progress
+    ) -> Dense:
         """Embed queries and passages; `progress` counts texts of both."""
-        total = len(lessons)
-        queries = vectors_of(embedder, lessons, "query", folder, progress=lambda done, _: progress(done, total))
-        begun = len(queries)
-        passages = vectors_of(
-            embedder, lessons, "passage", folder, progress=lambda done, _: progress(begun + done, total)
-        )
-        return cls(embedder, queries, passages)
+        found = vectors_of(embedder, lessons, folder, cache, progress=progress)
+        return cls(embedder, found["query"], found["passage"])
 
     @property
     def identity(self) -> str:
-        """The teacher's."""
-        return self.embedder.identity
+        """The teacher's, and how its vectors are rounded."""
+        return f"{self.embedder.identity} {self.passages.stored.dtype}"
 
     def vectors(self, queries: NDArray[np.int64]) -> FloatArray:
         """Of queries by row, (n, dimension)."""

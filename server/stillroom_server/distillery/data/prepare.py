@@ -4,7 +4,7 @@
     OUT.work/gathered-*   all sources together, judged pairs
     OUT.work/queries/     made queries, piece by piece               `synthetic`
     OUT.work/made-*       the same with the made queries
-    OUT.work/vectors/     the teacher's vectors of these             `vectors`
+    OUT.work/vectors/     the teacher's vectors of these             `vectors`, and the cache of vectors where none is given
     OUT.work/ranked/      its best passages for each query           `candidates`, `roundtrip`, `negatives`
     OUT                   the lessons, whole
 
@@ -52,6 +52,7 @@ from stillroom_server.distillery.data.sources import content_key, gather
 from stillroom_server.distillery.data.synthetic import chosen_passages, made_queries, maker
 from stillroom_server.distillery.lessons import Lessons, LessonsWriter
 from stillroom_server.distillery.teachers.base import Embedder, Teacher
+from stillroom_server.distillery.vectors import VectorCache
 from stillroom_shared.errors import DataError, SettingsError
 from stillroom_shared.workspace import key_of
 
@@ -64,12 +65,14 @@ def prepare_lessons(
     out: Path,
     *,
     teacher: Teacher | None,
+    cache: VectorCache | None = None,
     progress: Progress = lambda done, total: None,
 ) -> Lessons:
     """Lessons at `out`, made or as they are.
 
     Args:
         teacher: who filters queries and mines negatives; with vectors (`Embedder`) over all passages.
+        cache: its vectors by content: what is in it is not embedded again, here or by whoever reads it later.
         progress: (done, total) over all stages, each of which counts the same.
 
     Raises:
@@ -78,7 +81,7 @@ def prepare_lessons(
     """
     if settings.roundtrip.top is not None and settings.synthetic.makers and teacher is None:
         raise SettingsError("data.roundtrip.top asks for a teacher, and there is none: name one, or set it to none")
-    work = _Preparation(settings, out, teacher, progress)
+    work = _Preparation(settings, out, teacher, cache, progress)
     if out.exists():
         lessons = Lessons.open(out)
         if lessons.description.get("about", {}).get("key") != work.key:
@@ -94,6 +97,7 @@ class _Preparation:
     settings: DataSettings
     out: Path
     teacher: Teacher | None
+    cache: VectorCache | None
     progress: Progress
     finders: dict[str, Finder] = field(default_factory=dict)
 
@@ -198,8 +202,9 @@ class _Preparation:
         """Search over the passages, prepared once for filter and negatives."""
         if made.identity not in self.finders:
             share = self._step(2, 0, 1)
+            folder = self._work / "vectors"
             self.finders[made.identity] = (
-                Dense.prepare(self.teacher, made, self._work / "vectors", share)
+                Dense.prepare(self.teacher, made, folder, self.cache or VectorCache(folder), share)
                 if isinstance(self.teacher, Embedder)
                 else Lexical(made, self._work / "words", progress=share)
             )
