@@ -48,10 +48,13 @@ from transformers import PrinterCallback, TrainerCallback, TrainerControl, Train
 from transformers.trainer_utils import get_last_checkpoint
 
 from stillroom_server.distillery.lessons import Lessons
+from stillroom_server.distillery.students.towers import plain_attention
 from stillroom_server.distillery.teachers.loading import load_model, quiet
 from stillroom_server.distillery.teachers.settings import Precision
 from stillroom_server.distillery.teaching_lists import Taught, pick_lists, training_rows, validation_samples
+from stillroom_server.distillery.training.padding import less_padding
 from stillroom_shared.errors import DataError, SettingsError
+from stillroom_shared.processor import native_bfloat16
 from stillroom_shared.sealed import new_folder
 from stillroom_shared.settings_file import Group
 
@@ -76,7 +79,9 @@ class TeachSettings(Group):
     warmup: float = Field(0.1, ge=0, lt=1, description="share of steps in which the learning rate rises")
     weight_decay: float = Field(0.01, ge=0, description="of AdamW")
     checkpoints: int = Field(5, ge=1, description="times that it is measured and can be resumed from")
-    precision: Precision = Field("float32", description="bfloat16 is faster where the processor has it")
+    precision: Precision | Literal["auto"] = Field(
+        "auto", description="of its products; `auto`: bfloat16 where the processor multiplies it natively"
+    )
     device: Literal["cpu", "auto"] = Field("auto", description="cpu, or the best there is")
     seed: int = Field(0, ge=0, description="of the order, of dropout and of a new head")
 
@@ -119,7 +124,7 @@ def teach(
     )
     before = _measured(work, evaluator, model)
     trainer = _trainer(model, lessons, picked, settings, work, evaluator, progress)
-    with quiet():
+    with quiet(), less_padding(model):
         newest: str | None = get_last_checkpoint(str(work))  # type: ignore[no-untyped-call]
         trainer.train(resume_from_checkpoint=newest)
     model.eval()
@@ -136,13 +141,21 @@ def _start(settings: TeachSettings) -> CrossEncoder:
     device = "cpu" if settings.device == "cpu" else None
     model: CrossEncoder = load_model(CrossEncoder, settings.model, num_labels=1, device=device)
     model.max_seq_length = min(settings.pair_tokens, model.max_seq_length or settings.pair_tokens)
+    if model.device.type == "cpu" and _bfloat16(settings):
+        plain_attention(model)
     return model
+
+
+def _bfloat16(settings: TeachSettings) -> bool:
+    automatic = (settings.device != "cpu" and torch.cuda.is_available()) or native_bfloat16()
+    return settings.precision == "bfloat16" or (settings.precision == "auto" and automatic)
 
 
 def _loss(model: CrossEncoder, settings: TeachSettings, negatives: float) -> nn.Module:
     if settings.loss == "binary":
         return BinaryCrossEntropyLoss(model, pos_weight=torch.tensor(negatives, device=model.device))
-    loss: nn.Module = (ListNetLoss if settings.loss == "softmax" else LambdaLoss)(model)
+    # All pairs at once: the library's parts follow lists, `less_padding` makes them by length.
+    loss: nn.Module = (ListNetLoss if settings.loss == "softmax" else LambdaLoss)(model, mini_batch_size=-1)
     return loss
 
 
@@ -170,7 +183,7 @@ def _trainer(
         warmup_steps=settings.warmup,
         lr_scheduler_type="linear",
         weight_decay=settings.weight_decay,
-        bf16=settings.precision == "bfloat16",
+        bf16=_bfloat16(settings),
         use_cpu=settings.device == "cpu",
         seed=settings.seed,
         data_seed=settings.seed,

@@ -109,6 +109,43 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_less_padding_computes_the_same(
+    settings: TeachSettings, autocast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scores in the order of lengths teach each pair another's label; padding that is not left out wastes the time."""
+    from stillroom_server.distillery.training import padding
+
+    monkeypatch.setattr(padding, "PART", 4)
+    model = CrossEncoder(settings.model, num_labels=1, device="cpu")
+    for part in model.modules():
+        if isinstance(part, torch.nn.Dropout):
+            part.p = 0.0
+    model.train()
+    pairs = [("zip file", "tapir " * (7 * number % 11)) for number in range(11)]
+    features, seen = model.preprocess(pairs), list[tuple[int, ...]]()
+
+    def step() -> tuple[torch.Tensor, torch.Tensor]:
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            scores = model(dict(features))["scores"].view(-1).float()
+        (scores * torch.arange(11)).sum().backward()  # type: ignore[no-untyped-call]
+        return scores.detach(), torch.cat([one.grad.ravel() for one in model.parameters() if one.grad is not None])
+
+    whole, slopes = step()
+    watching = model[0].register_forward_pre_hook(lambda _, given: seen.append(tuple(given[0]["input_ids"].shape)))
+    with padding.less_padding(model):
+        parts, other = step()
+        tolerance = 0.05 if autocast else 1e-5
+        torch.testing.assert_close(parts, whole, atol=tolerance, rtol=tolerance)
+        torch.testing.assert_close(other, slopes, atol=tolerance * float(slopes.abs().max()), rtol=tolerance)
+        assert [rows for rows, _ in seen] == [4, 4, 3] and len({columns for _, columns in seen}) == 3
+        model.eval()
+        assert model(dict(features))["scores"].shape == (11, 1) and len(seen) == 4
+    watching.remove()
+    assert "forward" not in vars(model)
+
+
 def test_work_of_other_settings_is_not_resumed(lessons: Lessons, settings: TeachSettings, tmp_path: Path) -> None:
     """Half a run at one learning rate and half at another passes for the second."""
     with pytest.raises(KeyboardInterrupt):

@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 import torch
 from sentence_transformers import CrossEncoder, MultiVectorEncoder, SentenceTransformer
 from torch import Tensor, nn
-from transformers import BertConfig, BertForSequenceClassification, BertModel
+from transformers import BertConfig, BertForSequenceClassification, BertModel, PreTrainedModel
 
 from stillroom_server.distillery.students.settings import StudentSettings
 from stillroom_shared.errors import SettingsError
@@ -149,10 +149,20 @@ def without_dropout(tower: BertLike) -> BertLike:
             module.p = 0.0
     for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"):
         setattr(tower.config, name, 0.0)
-    # The fused attention makes one product for each head of each text in its backward pass: for texts this short, a step
-    # took 1.7 times as long.
-    tower.set_attn_implementation("eager")
+    plain_attention(tower)
     return tower
+
+
+def plain_attention(model: nn.Module) -> None:
+    """Have every transformer in a model compute attention in the way that is fastest here: as plain products.
+
+    The fused attention of a processor makes one product for each head of each text in its backward pass. A step of 64 pairs in
+    bfloat16 took 1.2 to 1.4 times as long at 128 tokens and 1.3 to 1.8 times at 256, one without gradients 1.0 to 1.1 times;
+    in float32 they are equal within a tenth.
+    """
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel):
+            part.set_attn_implementation("eager")
 
 
 @contextmanager

@@ -23,6 +23,7 @@ import numpy as np
 import sentence_transformers
 from torch import nn
 
+from stillroom_server.distillery.students.towers import plain_attention
 from stillroom_server.distillery.teachers.base import FloatArray
 from stillroom_server.distillery.teachers.bi_encoder import autocast, identity_of
 from stillroom_server.distillery.teachers.settings import TeacherSettings
@@ -43,6 +44,8 @@ class CrossEncoder:
             raise SettingsError(
                 f"teacher {settings.model!r} has {model.num_labels} outputs: a cross-encoder that teaches has one"
             )
+        if settings.precision == "bfloat16" and model.device.type == "cpu":
+            plain_attention(model)
         self.model = model
         self.settings = settings
 

@@ -35,6 +35,7 @@ from stillroom_server.distillery.training.objectives import (
     RerankObjective,
     TextObjective,
 )
+from stillroom_server.distillery.training.padding import less_padding
 from stillroom_server.distillery.training.settings import TrainingSettings
 from stillroom_server.distillery.training.train import Student, train
 from stillroom_shared.errors import SettingsError
@@ -72,7 +73,8 @@ class Curriculum:
         reads = not isinstance(student, SentenceTransformer) or self.training.towers == "both"
         settings = self.training.model_copy(update={"seed": self.training.seed + self.seed})
         simulated = simulate_int8(bert_of(student)) if settings.quantized else nullcontext()
-        with simulated:
+        padded = less_padding(student) if isinstance(student, CrossEncoder) else nullcontext()
+        with simulated, padded:
             train(
                 student,
                 sets,
