@@ -72,14 +72,23 @@ def recipes() -> None:
 
 
 def teach(
-    lessons: Annotated[Path, typer.Option(help="Folder of lessons: lists of passages with known relevance.")],
     out: Annotated[Path, typer.Option(help="Folder of the cross-encoder; the same command again resumes.")],
+    lessons: Annotated[
+        Path | None, typer.Option(help="Folder of prepared lessons: lists with known relevance.")
+    ] = None,
+    data: Annotated[
+        list[Path] | None, typer.Option(help="BEIR folder whose train queries teach; may be repeated.")
+    ] = None,
+    miner: Annotated[
+        str, typer.Option(help="Bi-encoder that finds hard negatives in --data; `words`: none is asked.")
+    ] = "offline",
     settings: Annotated[Path | None, typer.Option(help="A TOML file with keys such as loss and learning_rate.")] = None,
     changes: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one setting; may be repeated.")
     ] = None,
+    cache: Annotated[Path, typer.Option(help="Folder of what teachers said, by content.")] = Path("~/.cache/stillroom"),
 ) -> None:
-    """Fine-tune a cross-encoder on labelled public lists, before it teaches."""
+    """Fine-tune a cross-encoder on labelled public text, before it teaches."""
     from stillroom_shared.asked import only_our_own_progress, pairs
 
     only_our_own_progress()
@@ -88,11 +97,22 @@ def teach(
     from stillroom_server.distillery.lessons import Lessons
     from stillroom_server.distillery.teaching import TeachSettings
     from stillroom_server.distillery.teaching import teach as fine_tune
+    from stillroom_server.distillery.teaching_data import lessons_from
+    from stillroom_shared.errors import SettingsError
     from stillroom_shared.progress import Progress
     from stillroom_shared.settings_file import load
 
+    if (lessons is None) == (not data):
+        raise SettingsError("teach takes --lessons or --data: give one of them")
     chosen = load(TeachSettings(), settings, pairs(changes or []))
-    with Progress({"teach": 300.0}, console=Console(highlight=False)).stage("teach") as stage:
+    plan = {"lessons": 60.0, "teach": 300.0} if data else {"teach": 300.0}
+    progress = Progress(plan, console=Console(highlight=False))
+    if lessons is None:
+        lessons, kept = out.with_name(f"{out.name}.lessons"), cache.expanduser() / "distillery"
+        with progress.stage("lessons") as stage:
+            made = lessons_from(data or [], chosen, lessons, miner=miner, cache=kept, progress=stage)
+            stage.note(f"{len(made):,} texts, {made.lists:,} lists of {made.candidates}")
+    with progress.stage("teach") as stage:
         done = fine_tune(Lessons.open(lessons), chosen, out, stage)
         stage.note(f"{done.lists:,} lists, {done.steps:,} steps")
     typer.echo(f"nDCG@10 on {done.held_out:,} held-out lists: {done.before:.3f} before, {done.after:.3f} after: {out}")

@@ -237,3 +237,48 @@ def test_the_command_teaches(lessons: Lessons, settings: TeachSettings, tmp_path
     facts = json.loads((tmp_path / "out/teaching.json").read_text())
     assert facts["settings"]["loss"] == "lambda" and facts["settings"]["batch_size"] == 16
     assert f"{facts['result']['after']:.3f} after" in result.output and facts["result"]["lists"] == 20
+
+
+def write_beir(folder: Path, queries: int, first: int) -> Path:
+    """Each query has a passage of its number that speaks of tapirs; the last two are for choosing and for testing."""
+    (folder / "qrels").mkdir(parents=True)
+    asked, read, judged = [], [], {"train": list[str](), "dev": list[str](), "test": list[str]()}
+    splits = {first + queries - 1: "test", first + queries - 2: "dev"}
+    for number in range(first, first + queries):
+        word = WORDS[number % len(WORDS)]
+        asked.append(json.dumps({"_id": f"q{number}", "text": f"{word} {number}"}))
+        read.append(json.dumps({"_id": f"p{number}", "text": f"tapir {word} {number}"}))
+        read.append(json.dumps({"_id": f"n{number}", "text": f"river {word} {number} bank"}))
+        judged[splits.get(number, "train")].append(f"q{number}\tp{number}\t1")
+    (folder / "queries.jsonl").write_text("\n".join(asked) + "\n")
+    (folder / "corpus.jsonl").write_text("\n".join(read) + "\n")
+    for split, lines in judged.items():
+        (folder / "qrels" / f"{split}.tsv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def test_the_command_prepares_what_it_teaches(settings: TeachSettings, tmp_path: Path) -> None:
+    """Test queries among the lessons, a second folder that is dropped, or a run that prepares everything again."""
+    folders = [write_beir(tmp_path / "zoo", 40, 0), write_beir(tmp_path / "park", 20, 50)]
+    app = typer.Typer()
+    register(app)
+    out = tmp_path / "taught"
+    changes = (f"model={settings.model}", "batch_size=16", "held_out=0.3", "candidates=4", "device=cpu", "epochs=2")
+    arguments = [word for folder in folders for word in ("--data", str(folder))]
+    arguments += ["--out", str(out), "--miner", settings.model, "--cache", str(tmp_path / "cache")]
+    arguments += [word for one in changes for word in ("--set", one)]
+    result = CliRunner().invoke(app, ["distill", "teach", *arguments])
+    assert result.exit_code == 0, result.output
+    assert [line.split()[0] for line in result.output.splitlines()[:2]] == ["lessons", "teach"]
+    made = Lessons.open(tmp_path / "taught.lessons")
+    assert made.lists == 38 + 18 and made.candidates == 4 and set(made.sources) >= {"zoo", "park"}
+    trained = set(made.texts(made.queries))
+    assert not trained & {f"{WORDS[number % len(WORDS)]} {number}" for number in (38, 39, 68, 69)}
+    assert (made.grades == [1, 0, 0, 0]).all()
+    stamps = [path.stat().st_mtime_ns for path in (out / "model.safetensors", made.folder / "lists.arrow")]
+    again = CliRunner().invoke(app, ["distill", "teach", *arguments])
+    assert again.exit_code == 0 and again.output.splitlines()[-1] == result.output.splitlines()[-1]
+    assert stamps == [path.stat().st_mtime_ns for path in (out / "model.safetensors", made.folder / "lists.arrow")]
+    for wrong in (["--out", str(out)], ["--lessons", str(made.folder), *arguments]):
+        refused = CliRunner().invoke(app, ["distill", "teach", *wrong])
+        assert isinstance(refused.exception, SettingsError) and "one of them" in str(refused.exception)
