@@ -92,7 +92,8 @@ class Recipe(Group):
             raise ValueError(f"the student would begin from {self.origin!r}, which is bm25: name another in `begins`")
         if self.pruning.active and self.pruning.teacher == "pruned":
             raise ValueError(
-                "pruning.teacher is pruned: a recipe's student learns from its teachers, set it to original"
+                "pruning.teacher is pruned: what a recipe learns is said by its teachers and kept, and a student that teaches "
+                "would embed and score everything anew after each step: set it to original"
             )
         return self
 

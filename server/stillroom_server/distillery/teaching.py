@@ -50,7 +50,6 @@ from transformers.trainer_utils import get_last_checkpoint
 from stillroom_server.distillery.lessons import Lessons
 from stillroom_server.distillery.students.towers import plain_attention
 from stillroom_server.distillery.teachers.loading import load_model, quiet
-from stillroom_server.distillery.teachers.settings import Precision
 from stillroom_server.distillery.teaching_lists import Taught, pick_lists, training_rows, validation_samples
 from stillroom_server.distillery.training.padding import less_padding
 from stillroom_shared.errors import DataError, SettingsError
@@ -79,7 +78,7 @@ class TeachSettings(Group):
     warmup: float = Field(0.1, ge=0, lt=1, description="share of steps in which the learning rate rises")
     weight_decay: float = Field(0.01, ge=0, description="of AdamW")
     checkpoints: int = Field(5, ge=1, description="times that it is measured and can be resumed from")
-    precision: Precision | Literal["auto"] = Field(
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="of its products; `auto`: bfloat16 where the processor multiplies it natively"
     )
     device: Literal["cpu", "auto"] = Field("auto", description="cpu, or the best there is")
