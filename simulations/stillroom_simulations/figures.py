@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from stillroom_shared.statement import READERS, printed_epsilon
+from stillroom_simulations.distill_bench.tables import of_distill
 from stillroom_simulations.search_bench.tables import of_search
 from stillroom_simulations.utility_chart import FAMILIES
 
@@ -50,7 +51,7 @@ def refresh(page: str, root: Path) -> str:
 
 def render(benchmark: dict[str, Any]) -> str:
     """The tables of a benchmark file, and the lines that say what they were measured on."""
-    drawn = {"privacy": _of_privacy, "search": of_search}
+    drawn = {"privacy": _of_privacy, "search": of_search, "distill": of_distill}
     return drawn.get(benchmark["name"], _of_demo)(benchmark)
 
 

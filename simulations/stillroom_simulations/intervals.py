@@ -122,6 +122,80 @@ def interval_of_ratio(
     return _combined(numerator, denominator, generator, resamples, level)
 
 
+def interval_over_sets_and_seeds(
+    numerators: Sequence[ArrayLike],
+    denominators: Sequence[ArrayLike] | None = None,
+    *,
+    generator: np.random.Generator,
+    resamples: int = RESAMPLES,
+    level: float = LEVEL,
+) -> Interval:
+    """The interval of a mean over data sets, which all weigh the same; or of the ratio of two such means.
+
+    Queries are resampled within their set and paired; a seed is drawn with its scores on all sets.
+
+    Args:
+        numerators: for each set (s, n_i), with the same seeds; (n_i,) for one.
+        denominators: the same shapes, or (n_i,) for what no seed changes.
+
+    Raises:
+        DataError: shapes do not fit, a value is not finite, or the denominators' mean is not positive.
+    """
+    tops = [np.atleast_2d(_finite(one)) for one in numerators]
+    belows = [np.ones_like(top) for top in tops] if denominators is None else [_finite(one) for one in denominators]
+    fit = all(below.shape in {top.shape, top.shape[1:]} for top, below in zip(tops, belows, strict=True))
+    if not tops or len({len(top) for top in tops}) > 1 or not fit:
+        raise DataError(
+            f"{len(tops)} sets of shapes {[top.shape for top in tops]}: give equal seeds and paired queries"
+        )
+    seeds = len(tops[0])
+    sums, whole = np.zeros((resamples, seeds, 2)), np.zeros(2)
+    for top, below in zip(tops, belows, strict=True):
+        both = np.stack([top, np.broadcast_to(below, top.shape)], axis=2)  # (s, n, 2)
+        whole += both.mean(axis=(0, 1))
+        side_by_side = both.transpose(1, 0, 2).reshape(top.shape[1], -1) / top.shape[1]
+        drawn = [times @ side_by_side for times in _draws(top.shape[1], resamples, generator)]
+        sums += np.concatenate(drawn).reshape(resamples, seeds, 2)
+    if whole[1] <= 0:
+        raise DataError(f"the denominators' mean is {whole[1] / len(tops)}: a ratio needs a positive one")
+    kept = np.ones((resamples, 1)) if seeds == 1 else _drawn_seeds(seeds, resamples, generator)
+    top_sums, below_sums = (sums * kept[:, :, None]).sum(axis=1).T
+    return _percentile(float(whole[0] / whole[1]), top_sums / below_sums, level)
+
+
+def _drawn_seeds(seeds: int, resamples: int, generator: np.random.Generator) -> FloatArray:
+    """How often each seed is drawn in each resample, s - 1 in all: (resamples, s)."""
+    return generator.multinomial(seeds - 1, np.full(seeds, 1 / seeds), size=resamples).astype(np.float64)
+
+
+def interval_of_median_ratio(
+    numerators: Sequence[ArrayLike],
+    denominators: Sequence[ArrayLike],
+    *,
+    generator: np.random.Generator,
+    resamples: int = 1_000,
+    level: float = LEVEL,
+) -> Interval:
+    """The interval of a ratio of medians, averaged over seeds and sets: of times, whose means a single pause moves.
+
+    Args:
+        numerators, denominators: for each set (s, n_i), the times of the same queries, measured in turns.
+    """
+    tops, belows = ([np.atleast_2d(_finite(one)) for one in part] for part in (numerators, denominators))
+    if not tops or any(top.shape != below.shape for top, below in zip(tops, belows, strict=True)):
+        raise DataError("times are not paired: give the same queries and seeds for both")
+    seeds = len(tops[0])
+    ratios, whole = np.zeros((resamples, seeds)), np.zeros(seeds)
+    for top, below in zip(tops, belows, strict=True):
+        whole += np.median(top, axis=1) / np.median(below, axis=1) / len(tops)
+        drawn = generator.integers(0, top.shape[1], (resamples, top.shape[1]))
+        for seed in range(seeds):
+            ratios[:, seed] += np.median(top[seed][drawn], axis=1) / np.median(below[seed][drawn], axis=1) / len(tops)
+    kept = np.ones((resamples, 1)) if seeds == 1 else _drawn_seeds(seeds, resamples, generator)
+    kept = np.broadcast_to(kept, ratios.shape)
+    return _percentile(float(whole.mean()), (ratios * kept).sum(axis=1) / kept.sum(axis=1), level)
+
+
 def _combined(
     numerator: ArrayLike, denominator: ArrayLike | None, generator: np.random.Generator, resamples: int, level: float
 ) -> Interval:

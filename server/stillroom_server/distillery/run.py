@@ -68,8 +68,8 @@ class Run:
     out: Path
     cache: Path
 
-    def all_stages(self, progress: Progress) -> Path:
-        """Run what is not done. Returns the folder of the model.
+    def all_stages(self, progress: Progress, *, last: str | None = None) -> Path:
+        """Run what is not done, `last` being the last stage where it is named. Returns the folder of the model.
 
         Raises:
             KeyboardInterrupt: it was interrupted, and goes on when it is called again.
@@ -89,7 +89,13 @@ class Run:
             with progress.stage(name) as stage:
                 skipped = self._stage(name, lambda stage=stage, name=name: works[name](stage))  # type: ignore[misc]
                 stage.note(self._remark(name), cached=skipped)
+            if name == last:
+                break
         return self.out / "model"
+
+    def untrained(self) -> Student:
+        """The student as training begins with it, after the stages before are done: what a recipe is compared with."""
+        return self._new_student()
 
     def _stage(self, name: str, work: Callable[[], None]) -> bool:
         """Run a stage unless it is done: in the first process while others wait, or in all of them for training."""

@@ -1,12 +1,13 @@
-"""What is compared: a recipe on a body of public text, as one value for each arm.
+"""What is compared, read from `studies.toml`: each arm is a recipe with settings laid over it, on some text.
 
-| family | text | measured on |
+| `text` | learned from | the arm is |
 |---|---|---|
-| `recipes` | docstrings, and the train queries and passages of the labelled sets | all sets |
-| `left-out` | docstrings, documentation, and everything public of the other sets | the set that is left out |
-| `docstrings` | docstrings alone | all sets |
+| `docstrings` | docstrings alone | one model |
+| `labelled` | docstrings, and the train queries of the data sets with their passages | one model |
+| `others` | docstrings, documentation, and all that is public of the other data sets | a model for each set, measured on it |
 
-Whatever the text, queries that any set is measured on are taken out of it (`data.exclude`).
+A recipe without sources of its own, as data-free is, stays without. Whatever the text, queries that any set is measured on are
+taken out of it (`data.exclude`). Settings of the command line win over those of the file.
 """
 
 from __future__ import annotations
@@ -14,107 +15,257 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
 
 from stillroom_server.distillery.data.settings import DataSettings, ExcludeSettings, SourceSettings
-from stillroom_server.distillery.recipe import Recipe, load_recipe
+from stillroom_server.distillery.recipe import TAUGHT, Recipe, load_recipe
 from stillroom_server.docstrings import FULL
+from stillroom_shared.asked import pairs
 from stillroom_shared.corpus import Corpus
 from stillroom_shared.errors import SettingsError
+from stillroom_shared.settings_file import Group, load
+from stillroom_shared.workspace import key_of
 
-FAMILIES = ("recipes", "left-out", "docstrings")
-BASE = "align"
+STUDIES = Path(__file__).with_name("studies.toml")
+TRAINED = ("recipes", "left-out", "docstrings", "matryoshka", "teachers", "rerank")
+"""Families of arms."""
+FAMILIES = (*TRAINED, "memory", "rates")
+Family = Literal["recipes", "left-out", "docstrings", "matryoshka", "teachers", "rerank"]
+Text = Literal["docstrings", "labelled", "others"]
+How = Literal["torch", "float32", "int8"]
+
+
+class Learning(Group):
+    """What is made of what."""
+
+    recipe: str = Field("align", description="ready recipe that it is based on, or a file")
+    settings: tuple[str, ...] = Field((), description="laid over the recipe, each as after --set: KEY=VALUE")
+    text: Text = Field("docstrings", description="what it learns from; see the table of `arms.py`")
+    docstrings: int | None = Field(None, ge=0, description="most queries of docstrings; 0: none are read; none: all")
+    documentation: int | None = Field(None, ge=0, description="most passages of documentation, likewise")
+    queries: int | None = Field(None, ge=1, description="most queries of each data set")
+    passages: int | None = Field(None, ge=0, description="most passages of each data set beside those of its queries")
+
+
+class ArmSettings(Learning):
+    """One thing that is compared."""
+
+    family: Family = Field("recipes", description="what it stands beside")
+    name: str = Field("", pattern="^[a-z0-9-]*$", description="its name there, in small letters, digits and hyphens")
+    model_of: str = Field(
+        "", description="FAMILY.NAME of an arm before it, whose models are measured in place of its own"
+    )
+    taught: str | None = Field(None, description="cross-encoder under [taught] that stands for the model `taught`")
+    sets: tuple[str, ...] = Field((), description="data sets that it is measured on; empty: all")
+    how: tuple[How, ...] = Field(
+        ("torch",), min_length=1, description="by what it is run; figures of quality are those of the first"
+    )
+    cut: tuple[int, ...] = Field((), description="lengths that vectors are cut to, on both sides")
+    untrained: bool = Field(False, description="measure the student as it was before training too")
+    first: str = Field("offline", description="first stage of a reranker, as `stillroom evaluate` names it")
+    top: int = Field(100, ge=1, description="passages of the first stage that a reranker reads")
+    most: int | None = Field(None, ge=2, description="most queries of each set that it is measured on; none: all")
+    above: tuple[str, ...] = Field((), description="arms of the family that it should be better than")
+    above_on: int | None = Field(None, ge=1, description="on at least so many sets; none: on their mean")
+
+
+class MemorySettings(Group):
+    """How memory is measured."""
+
+    texts: tuple[int, ...] = Field((10_000, 100_000, 1_000_000), min_length=2, description="sizes of the corpus")
+    steps: int = Field(50, ge=1, description="of training")
+    preparing: float = Field(400.0, gt=0, description="goal: most bytes a text that preparing lessons may grow by")
+    learning: float = Field(100.0, gt=0, description="goal: the same of laying out vectors and of training")
+
+
+class RateSettings(Group):
+    """How rates of training are measured."""
+
+    sentences: int = Field(5_000, ge=1, description="texts that both ways train on")
+    repeats: int = Field(3, ge=1, description="times that both ways are run, in turns")
+
+
+class Studies(Group):
+    """The file."""
+
+    taught: dict[str, Learning] = Field(default_factory=dict, description="cross-encoders that are taught once")
+    families: dict[str, ArmSettings] = Field(
+        default_factory=dict,
+        description="what the arms of a family share, unless they say otherwise; settings come before theirs",
+    )
+    arms: tuple[ArmSettings, ...] = Field((), description="what is compared")
+    memory: MemorySettings = MemorySettings()
+    rates: RateSettings = RateSettings()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Arm:
-    """One thing that is measured.
+    """One thing that is made and measured.
 
     Attributes:
-        family: one of `FAMILIES`.
-        name: of the recipe, or of the set that is left out.
-        recipe: on its text, of seed 0.
+        settings: of the file.
+        recipe: on its text, of seed 0; `taught` still stands for the cross-encoder that it names.
         sets: names of the data sets that it is measured on.
+        out: set that is left out of its text, where it is made for one.
+        maker: the arm that makes the model, which is its own but for `model_of`.
     """
 
-    family: str
-    name: str
+    settings: ArmSettings
     recipe: Recipe
     sets: tuple[str, ...]
+    out: str | None
+    maker: ArmSettings
 
-    def of_seed(self, seed: int) -> Recipe:
-        """The same with another seed."""
-        return self.recipe.model_copy(update={"seed": seed})
+    @property
+    def title(self) -> str:
+        """Family and name, as figures begin."""
+        return f"{self.settings.family}.{self.settings.name}"
+
+    @property
+    def digest(self) -> str:
+        """Changes with all that its figures depend on beside seeds and data."""
+        own = [one.model_dump(mode="json") for one in (self.settings, self.maker)]
+        # Where data lie is another thing on every machine; which they are is said by their hashes.
+        return key_of(own, self.recipe.model_dump(mode="json", exclude={"data": {"sources", "exclude"}}))
+
+    def of_seed(self, seed: int, taught: Mapping[str, Path]) -> Recipe:
+        """With a seed, and with the folder of the cross-encoder in place of the word for it."""
+        folder = taught[self.maker.taught] if self.maker.taught else TAUGHT
+        teachers = {
+            name: one.model_copy(update={"model": str(folder)}) if one.model == TAUGHT else one
+            for name, one in self.recipe.teachers.items()
+        }
+        return self.recipe.model_copy(update={"seed": seed, "teachers": teachers})
 
     def folder(self, below: Path, seed: int) -> Path:
         """Where it is made."""
-        return below / self.family / f"{self.name}-seed-{seed}"
+        name = self.maker.name if self.out is None else f"{self.maker.name}-without-{self.out}"
+        return below / self.maker.family / f"{name}-seed-{seed}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Public:
+    """Text that may be learned from.
+
+    Attributes:
+        corpora: the data sets by their folders.
+        packages: whose docstrings and documentation are read.
+        passages: most passages of each set, whatever an arm says; None leaves it to the arm.
+    """
+
+    corpora: Mapping[Path, Corpus]
+    packages: Sequence[str] = FULL.public
+    passages: int | None = None
+
+    def recipe(self, learning: Learning, changes: Mapping[str, str], *, out: Path | None = None) -> Recipe:
+        """What `learning` names, with its settings, then `changes`, on its text; `out` is left out."""
+        recipe = load_recipe(learning.recipe, {**pairs(learning.settings), **changes})
+        if not recipe.data.sources:
+            return recipe
+        sources = [*self._packaged(learning), *self._sets(learning, out)]
+        data = DataSettings.model_validate(
+            {**recipe.data.model_dump(), "sources": sources, "exclude": ExcludeSettings(folders=tuple(self.corpora))}
+        )
+        return recipe.model_copy(update={"data": data})
+
+    def _packaged(self, learning: Learning) -> Iterator[SourceSettings]:
+        packages = tuple(self.packages)
+        if learning.docstrings != 0:
+            # A limit of queries keeps the passages that they need, and no others.
+            passages = None if learning.docstrings is None else 0
+            yield SourceSettings(kind="docstrings", packages=packages, queries=learning.docstrings, passages=passages)
+        if learning.text == "others" and learning.documentation != 0:
+            limit = learning.documentation
+            yield SourceSettings(kind="documentation", use="passages", packages=packages, passages=limit)
+
+    def _sets(self, learning: Learning, out: Path | None) -> Iterator[SourceSettings]:
+        passages = learning.passages if self.passages is None else self.passages
+        for folder, corpus in self.corpora.items():
+            pairs_there = bool(corpus.queries_in("train"))
+            if folder == out or learning.text == "docstrings" or (learning.text == "labelled" and not pairs_there):
+                continue
+            yield SourceSettings(
+                kind="beir",
+                data=str(folder),
+                use="pairs" if pairs_there else "passages",
+                queries=learning.queries if pairs_there else None,
+                passages=passages,
+            )
+
+
+def load_studies(path: Path = STUDIES) -> Studies:
+    """The file, checked.
+
+    Raises:
+        SettingsError: it cannot be read, two arms have one name, or one names an arm or a cross-encoder that is not there.
+    """
+    studies = load(Studies(), path, {})
+    if lost := {*studies.families} - {*TRAINED}:
+        raise SettingsError(f"{path}: [families.{min(lost)}] is of no family: {', '.join(TRAINED)} have arms")
+    studies = studies.model_copy(update={"arms": tuple(_shared(one, studies.families) for one in studies.arms)})
+    known: set[str] = set()
+    for arm in studies.arms:
+        title = f"{arm.family}.{arm.name}"
+        if not arm.name or title in known:
+            raise SettingsError(f"{path}: arm {title!r} needs a name that no other of its family has")
+        if arm.model_of and arm.model_of not in known:
+            raise SettingsError(f"{path}: arm {title} measures models of {arm.model_of!r}, which is no arm before it")
+        if arm.taught is not None and arm.taught not in studies.taught:
+            raise SettingsError(f"{path}: arm {title} is taught by {arm.taught!r}: add a table [taught.{arm.taught}]")
+        for other in arm.above:
+            if f"{arm.family}.{other}" not in known:
+                raise SettingsError(f"{path}: arm {title} is compared with {other!r}, which is no arm before it")
+        known.add(title)
+    return studies
+
+
+def _shared(arm: ArmSettings, families: Mapping[str, ArmSettings]) -> ArmSettings:
+    """The arm with what its family says of what the arm does not."""
+    family = families.get(arm.family, ArmSettings())
+    given = {name: getattr(family, name) for name in family.model_fields_set - arm.model_fields_set}
+    if "above" in given:  # what all of a family are compared with is one of them
+        given["above"] = tuple(other for other in family.above if other != arm.name)
+    return arm.model_copy(update={**given, "settings": (*family.settings, *arm.settings)})
 
 
 def arms(
+    studies: Studies,
     families: Sequence[str],
-    recipes: Sequence[str],
-    corpora: Mapping[Path, Corpus],
+    public: Public,
     changes: Mapping[str, str],
     *,
-    passages: int | None,
-    packages: Sequence[str] = FULL.public,
+    names: Sequence[str] | None = None,
 ) -> Iterator[Arm]:
-    """All arms, `align` first.
+    """The arms of these families, in the order of the file; one for each set where a set is left out.
 
     Args:
-        recipes: ready ones, for the family `recipes`.
-        corpora: the data sets by their folders.
         changes: settings laid over every recipe.
-        passages: most passages that are learned from of each set; None for all.
-        packages: whose docstrings and documentation are read.
+        names: of arms; None for all.
 
     Raises:
-        SettingsError: a family or a recipe is unknown.
+        SettingsError: a family, an arm, a recipe or a set is unknown.
     """
     if unknown := [family for family in families if family not in FAMILIES]:
         raise SettingsError(f"family {unknown[0]!r} is unknown: choose among {', '.join(FAMILIES)}")
-    names = tuple(corpus.name for corpus in corpora.values())
-    for family in families:
-        if family == "recipes":
-            for name in sorted(recipes, key=lambda name: name != BASE):
-                recipe = _on(
-                    load_recipe(name, dict(changes)), corpora, labelled=True, passages=passages, packages=packages
-                )
-                yield Arm(family=family, name=name, recipe=recipe, sets=names)
-        else:
-            base = load_recipe(BASE, dict(changes))
-            outs = corpora if family == "left-out" else {None: None}
-            for out, corpus in outs.items():
-                others = {folder: one for folder, one in corpora.items() if folder != out} if out else {}
-                yield Arm(
-                    family=family,
-                    name=corpus.name if corpus else BASE,
-                    recipe=_on(base, others, every=corpora, out=out, passages=passages, packages=packages),
-                    sets=(corpus.name,) if corpus else names,
-                )
+    if lost := {*(names or ())} - {arm.name for arm in studies.arms if arm.family in families}:
+        raise SettingsError(f"arm {min(lost)!r} is in none of {', '.join(families)}: see {STUDIES.name}")
+    by_title = {f"{one.family}.{one.name}": one for one in studies.arms}
+    for settings in studies.arms:
+        if settings.family in families and (names is None or settings.name in names):
+            maker = by_title[settings.model_of] if settings.model_of else settings
+            yield from _made(settings, maker, public, changes)
 
 
-def _on(
-    recipe: Recipe,
-    learned: Mapping[Path, Corpus],
-    *,
-    passages: int | None,
-    packages: Sequence[str],
-    every: Mapping[Path, Corpus] | None = None,
-    out: Path | None = None,
-    labelled: bool = False,
-) -> Recipe:
-    """The recipe on docstrings and these sets; a recipe without sources of its own, as data-free is, stays without."""
-    if not recipe.data.sources:
-        return recipe
-    sources = [SourceSettings(kind="docstrings", packages=tuple(packages))]
-    if not labelled and out is not None:
-        sources.append(SourceSettings(kind="documentation", use="passages", packages=tuple(packages)))
-    for folder, corpus in learned.items():
-        pairs = bool(corpus.queries_in("train"))
-        if pairs or not labelled:
-            use = "pairs" if pairs else "passages"
-            sources.append(SourceSettings(kind="beir", data=str(folder), use=use, passages=passages))
-    exclude = ExcludeSettings(folders=tuple(every or learned))
-    data = DataSettings.model_validate({**recipe.data.model_dump(), "sources": sources, "exclude": exclude})
-    return recipe.model_copy(update={"data": data})
+def _made(settings: ArmSettings, maker: ArmSettings, public: Public, changes: Mapping[str, str]) -> Iterator[Arm]:
+    every = {corpus.name: folder for folder, corpus in public.corpora.items()}
+    if unknown := [name for name in settings.sets if name not in every]:
+        raise SettingsError(
+            f"{settings.family}.{settings.name} is measured on {unknown[0]!r}, which --data does not give: add it, "
+            "or leave the family out"
+        )
+    sets = settings.sets or tuple(every)
+    for out in sets if maker.text == "others" else (None,):
+        recipe = public.recipe(maker, changes, out=every[out] if out else None)
+        yield Arm(settings=settings, recipe=recipe, sets=(out,) if out else sets, out=out, maker=maker)

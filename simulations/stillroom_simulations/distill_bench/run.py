@@ -1,46 +1,42 @@
-"""Make every arm for every seed, measure each on its data sets, and write what was found.
+"""Make every arm for every seed, measure each on its data sets, and write what was found, family by family.
 
-    FOLDER/FAMILY/NAME-seed-N/              a recipe's run, resumed by itself
-    FOLDER/FAMILY/NAME-seed-N/measured/     per-query scores on each set, latency and bytes, kept by what they depend on
-
-The teacher and the untrained student stand beside every arm. Towers and static tables are measured over the teacher's document
-tower, rerankers over the teacher's best passages, late-interaction students by MaxSim.
+Nothing is done twice: runs resume by their stages, measuring stays while its models do (`measuring.py`), and families that are
+not asked for keep their figures in the file (`record.py`). The file is written after each family.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from stillroom_server.distillery.exporting import DOCUMENTS
 from stillroom_server.distillery.recipe import Recipe
-from stillroom_server.distillery.run import Run
-from stillroom_server.distillery.stages import STAGES, planned
 from stillroom_server.teacher import OFFLINE, load_teacher
 from stillroom_shared.beir import load_beir
-from stillroom_shared.corpus import Corpus
-from stillroom_shared.progress import Progress
-from stillroom_shared.workspace import Workspace, key_of
-from stillroom_simulations.benchmark_file import commit, figure, machine, versions
-from stillroom_simulations.distill_bench.arms import Arm, arms
-from stillroom_simulations.distill_bench.throughput import compare_rates
-from stillroom_simulations.evaluating.run import Choices, evaluate_models
-from stillroom_simulations.evaluating.values import Measured
-from stillroom_simulations.intervals import interval_of_mean, interval_of_ratio
+from stillroom_shared.errors import SettingsError
+from stillroom_shared.workspace import key_of
+from stillroom_simulations.distill_bench.arms import (
+    FAMILIES,
+    STUDIES,
+    TRAINED,
+    Arm,
+    Public,
+    RateSettings,
+    arms,
+    load_studies,
+)
+from stillroom_simulations.distill_bench.goals import Figures, Results, figures_of
+from stillroom_simulations.distill_bench.measuring import Bench
+from stillroom_simulations.distill_bench.memory import measure_memory
+from stillroom_simulations.distill_bench.record import Record
+from stillroom_simulations.distill_bench.throughput import compare_rates, rate_figures
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-Scores = NDArray[np.float64]
-_METRIC = "ndcg_at_10"
-_KEPT = ">= 0.96"
-_FASTER = ">= 2.5"
 _HELD_OUT = 500
 
 
@@ -50,143 +46,106 @@ class Asked:
 
     Attributes:
         data: BEIR folders.
-        families, recipes: see `arms`.
-        passages: most passages that are learned from of each set; None for all.
+        families: some of `FAMILIES`.
+        arms: names of the arms in them that are measured; None for all.
+        studies: the file of arms.
+        passages: most passages that are learned from of each set, whatever the arms say.
         packages: whose docstrings and documentation are read.
         changes: settings laid over every recipe, by dotted key.
         timed: queries that are timed; 0 for none.
-        sentences: how many the rates of training are compared on; 0: not at all.
         folder: of the runs; the same again resumes.
         cache: of what teachers said.
     """
 
     data: Sequence[Path]
     families: Sequence[str]
-    recipes: Sequence[str]
+    arms: Sequence[str] | None = None
+    studies: Path = STUDIES
     seeds: Sequence[int]
-    passages: int | None
+    passages: int | None = None
     packages: Sequence[str]
     changes: Mapping[str, str]
     timed: int
-    sentences: int
     folder: Path
     cache: Path
 
 
 def bench_distill(asked: Asked, *, out: Path, console: Console, command: str) -> dict[str, Any]:
-    """Run or resume everything, then write the benchmark file (DESIGN section 9)."""
+    """Run or resume everything, then write the benchmark file (DESIGN section 9).
+
+    Raises:
+        SettingsError: a family, an arm, a recipe or a set is unknown; before anything is made.
+    """
+    studies = load_studies(asked.studies)
     corpora = {folder: load_beir(folder, splits="as-published") for folder in asked.data}
-    figures: dict[str, Any] = {}
-    for arm in arms(
-        asked.families, asked.recipes, corpora, asked.changes, passages=asked.passages, packages=asked.packages
-    ):
-        found = [_measured(arm, seed, list(corpora.values()), asked, console) for seed in asked.seeds]
-        figures |= _figures(arm, found)
-    if asked.sentences:
-        figures |= _rates(asked, corpora.values(), console)
-    made = {
-        "name": "distill",
-        "command": command,
-        "commit": commit(),
-        "machine": machine(1),
-        "versions": versions(),
-        "seeds": list(asked.seeds),
-        "sets": {one.name: one.content_hash for one in corpora.values()},
-        "figures": figures,
+    public = Public(corpora=corpora, packages=asked.packages, passages=asked.passages)
+    wanted = list(arms(studies, asked.families, public, asked.changes, names=asked.arms))
+    bench = Bench(
+        public=public, studies=studies, changes=asked.changes, timed=asked.timed, folder=asked.folder, cache=asked.cache,
+        console=console,
+    )  # fmt: skip
+    digests = _digests(bench, asked)
+    sets = {one.name: one.content_hash for one in corpora.values()}
+    record = Record(command=command, seeds=asked.seeds, sets=sets, digests=digests)
+    record.take_over(out, asked.families, lambda line: console.print(line, markup=False))
+    for family in (one for one in FAMILIES if one in asked.families):
+        found = [arm for arm in wanted if arm.settings.family == family]
+        figures = _of_arms(found, bench, asked.seeds) if family in TRAINED else _of_machine(family, bench)
+        names = dict.fromkeys(arm.settings.name for arm in found) if family in TRAINED else digests[family]
+        record.add(family, list(names), figures)
+        record.write(out)
+    return record.write(out)
+
+
+def _digests(bench: Bench, asked: Asked) -> dict[str, dict[str, str]]:
+    """By family and arm, what figures depend on beside seeds and sets: where it can be made."""
+    own = [asked.timed, list(asked.packages), asked.passages]
+    found: dict[str, dict[str, str]] = {
+        "memory": {"memory": key_of(bench.studies.memory.model_dump())},
+        "rates": {"rates": key_of(bench.studies.rates.model_dump())},
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(made, indent=1) + "\n")
-    return made
+    for settings in bench.studies.arms:
+        taught = bench.studies.taught[settings.taught].model_dump(mode="json") if settings.taught else None
+        try:
+            made = [*arms(bench.studies, [settings.family], bench.public, asked.changes, names=[settings.name])]
+        except SettingsError:  # of a family that is not asked for: a set is missing, or changes do not fit
+            continue
+        found.setdefault(settings.family, {})[settings.name] = key_of([arm.digest for arm in made], taught, own)
+    return found
 
 
-def _measured(arm: Arm, seed: int, corpora: Sequence[Corpus], asked: Asked, console: Console) -> dict[str, Any]:
-    """One arm of one seed: made, measured, and what was found: scores by system and set, and costs."""
-    recipe, folder = arm.of_seed(seed), arm.folder(asked.folder, seed)
-    console.print(f"{arm.family} {arm.name}, seed {seed}: {folder}", markup=False)
-    run = Run(recipe, folder, asked.cache / "distillery")
-    model = run.all_stages(Progress({name: STAGES[name] for name in planned(recipe)}, console=console))
-    wanted = [one for one in corpora if one.name in arm.sets]
-    space, path = Workspace(folder / "measured"), folder / "measured" / "found.json"
-
-    def work() -> None:
-        student = system_of(recipe, model)
-        choices = Choices(first_stage=OFFLINE, timed=asked.timed, cache=asked.cache / "evaluate", metrics=(_METRIC,))
-        done = evaluate_models([OFFLINE, student], wanted, choices, console=console)
-        names = [one.model for one in done.sets[0].models]
-        found = {
-            one.name: {who: _described(one.of(name)) for who, name in zip(("teacher", "student"), names, strict=True)}
-            for one in done.sets
-        }
-        path.write_text(json.dumps({"sets": found, "seconds": Workspace(folder).seconds()}))
-
-    hashes = [one.content_hash for one in wanted]
-    trained = (model / "distillation.json").read_text()
-    space.stage("measure", key_of(trained, hashes, asked.timed), [path.name], work)
-    kept: dict[str, Any] = json.loads(path.read_text())
-    return kept
+def _of_arms(found: Sequence[Arm], bench: Bench, seeds: Sequence[int]) -> Figures:
+    """Make and measure arms of one family; those for different sets that were left out are one in the figures."""
+    results: dict[str, Results] = {}
+    for arm in found:
+        measured = [bench.measured(arm, seed) for seed in seeds]
+        sets = {name: [one["sets"][name] for one in measured] for name in measured[0]["sets"]}
+        seconds = [one["seconds"] for one in measured]
+        if (before := results.get(arm.settings.name)) is not None:
+            sets, seconds = {**before.sets, **sets}, [*before.seconds, *seconds]
+        results[arm.settings.name] = Results(arm.settings, seconds, sets)
+    figures: Figures = {}
+    for one in results.values():
+        figures |= figures_of(one, results)
+    return figures
 
 
-def system_of(recipe: Recipe, model: Path) -> str:
-    """How `stillroom evaluate` names what a recipe made: over the document tower that it is for, its own or the teacher's."""
-    if (model / DOCUMENTS).is_dir():
-        return f"{model}::{model / DOCUMENTS}"
-    return f"{model}::{OFFLINE}" if recipe.documents else str(model)
+def _of_machine(family: str, bench: Bench) -> Figures:
+    if family == "memory":
+        return measure_memory(bench.studies.memory, bench.folder / "memory", bench.console)
+    return _rates(bench, bench.studies.rates)
 
 
-def _described(measured: Measured) -> dict[str, Any]:
-    timed = None if measured.latency is None else measured.latency.percentiles()
-    return {
-        "scores": measured.scores.of(_METRIC).tolist(),
-        "bytes": asdict(measured.bytes),
-        "latency": timed and {name: part["p50"] for name, part in timed.items()},
-    }
-
-
-def _figures(arm: Arm, found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """nDCG@10 on each set with its interval over queries and seeds, and what of the teacher's is kept."""
-    generator = np.random.default_rng(0)
-    made: dict[str, Any] = {}
-    prefix = f"{arm.family}.{arm.name}"
-    for name in found[0]["sets"]:
-        students = np.array([one["sets"][name]["student"]["scores"] for one in found])  # (seeds, queries)
-        teacher = np.array(found[0]["sets"][name]["teacher"]["scores"])  # (queries,)
-        made[f"{prefix}.{name}.ndcg_at_10"] = figure(interval_of_mean(students, generator=generator), "nDCG@10")
-        kept = interval_of_ratio(students, teacher, generator=generator)
-        made[f"{prefix}.{name}.kept"] = figure(kept, "ratio", _KEPT if arm.family == "left-out" else None)
-        ratios = [_encode_ratio(one["sets"][name]) for one in found]
-        if all(ratios):
-            made[f"{prefix}.{name}.encode_ratio"] = {
-                "value": float(np.mean(cast(list[float], ratios))),
-                "unit": "ratio",
-            }
-    made[f"{prefix}.seconds"] = {"value": float(np.mean([sum(one["seconds"].values()) for one in found])), "unit": "s"}
-    return made
-
-
-def _encode_ratio(on_set: Mapping[str, Any]) -> float | None:
-    """Median milliseconds of encoding a query, the student's over the teacher's; None where nothing was timed."""
-    student, teacher = (on_set[who]["latency"] for who in ("student", "teacher"))
-    return float(student["encode"] / teacher["encode"]) if student and teacher else None
-
-
-def _rates(asked: Asked, corpora: Iterable[Corpus], console: Console) -> dict[str, Any]:
+def _rates(bench: Bench, settings: RateSettings) -> Figures:
     """How fast alignment trains beside the plain recipe, on queries of the data sets."""
-    console.print(f"rates of training on {asked.sentences:,} sentences", markup=False)
+    bench.console.print(f"rates of training on {settings.sentences:,} sentences", markup=False)
+    corpora = bench.public.corpora.values()
     texts = sorted({query.text for corpus in corpora for query in corpus.queries_in("train")})
     np.random.default_rng(0).shuffle(texts)
-    texts, held_out = texts[_HELD_OUT:][: asked.sentences], texts[:_HELD_OUT]
+    held_out, texts = texts[: min(_HELD_OUT, len(texts) // 2)], texts[min(_HELD_OUT, len(texts) // 2) :]
     recipe = Recipe()
     training = recipe.training.model_copy(update={"epochs": 1.0})
-    rates = compare_rates(load_teacher(OFFLINE), texts, held_out, recipe.student, training)
-    ours, plain = rates["ours"], rates["sentence-transformers"]
-    ratio = ours.sentences_a_second / plain.sentences_a_second
-    return {
-        "rate.ours": {"value": ours.sentences_a_second, "unit": "sentences/s", "cosine": ours.cosine},
-        "rate.ratio": {
-            "value": ratio,
-            "unit": "ratio",
-            "goal": _FASTER,
-            "holds": ratio >= 2.5 and ours.cosine > plain.cosine - 0.01,
-            "baselines": {"sentence-transformers": plain.sentences_a_second, "its cosine": plain.cosine},
-        },
-    }
+    rates = compare_rates(
+        load_teacher(OFFLINE), texts[: settings.sentences], held_out, recipe.student, training, repeats=settings.repeats
+    )
+    return rate_figures(rates)
