@@ -1,7 +1,7 @@
 """Tables of README and docs, drawn from the benchmark files of record; a test fails when one is stale.
 
 `python -m stillroom_simulations.figures FILE...` rewrites what stands between the markers
-`<!-- figures: benchmarks/results/demo.json -->` and `<!-- end of figures -->`.
+`<!-- figures: benchmarks/results/demo.json -->` and `<!-- end of figures -->`. Where a file is not there yet, that is said.
 """
 
 from __future__ import annotations
@@ -43,8 +43,11 @@ def refresh(page: str, root: Path) -> str:
     """The page with every marked block drawn again from its benchmark file below `root`."""
 
     def draw(match: re.Match[str]) -> str:
-        benchmark = json.loads((root / match["file"]).read_text())
-        return f"{match[1]}{render(benchmark)}\n{match[3]}"
+        path = root / match["file"]
+        drawn = (
+            render(json.loads(path.read_text())) if path.exists() else f"Not measured yet: there is no {match['file']}."
+        )
+        return f"{match[1]}{drawn}\n{match[3]}"
 
     return _BLOCK.sub(draw, page)
 

@@ -56,8 +56,8 @@ STUDIES = """
 recipe = "margin-mse"
 text = "labelled"
 docstrings = 0
-settings = ["data.synthetic.makers=", "data.negatives.count=3", "teach.model={bi}", "teach.epochs=1", "teach.batch_size=4",
-  "teach.pair_tokens=48", "teach.candidates=4", "teach.held_out=0.4", "teach.checkpoints=1", "data.negatives.relative_margin=none"]
+settings = ["data.synthetic.makers=", "data.negatives.count=3", "data.negatives.relative_margin=none", "teach.model={bi}",
+  "teach.batch_size=4", "teach.pair_tokens=48", "teach.candidates=4", "teach.held_out=0.4", "teach.checkpoints=1"]
 
 [families.recipes]
 text = "labelled"
