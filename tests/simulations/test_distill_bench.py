@@ -82,7 +82,7 @@ name = "rerank"
 recipe = "rerank"
 taught = "cross"
 first = "bm25"
-settings = ["data.negatives.count=3", "student.tokens=48", "student.layers=1"]
+settings = ["data.negatives.count=3", "student.tokens=48", "student.layers=1", "scorers=cross"]
 
 [[arms]]
 family = "matryoshka"
@@ -162,11 +162,12 @@ def test_limits_and_shared_settings_reach_the_recipe(corpora: Mapping[Path, Corp
     )
     with pytest.raises(SettingsError, match="compared with 'align', which is no arm before it"):
         load_studies(file)
-    file.write_text(file.read_text().replace('above = ["align"]\n', "docstrings = 3\n"))
+    file.write_text(file.read_text().replace('above = ["align"]\n', "docstrings = 3\nwordnet = 7\n"))
     [arm] = arms(load_studies(file), ["recipes"], Public(corpora=corpora), {})
     assert arm.recipe.training.epochs == 1 and arm.recipe.seed == 4 and arm.of_seed(3, {}).seed == 3
-    docstrings, zoo = arm.recipe.data.sources  # nothing to learn from is labelled in the other set
+    docstrings, wordnet, zoo = arm.recipe.data.sources  # nothing to learn from is labelled in the other set
     assert (docstrings.kind, docstrings.queries, docstrings.passages) == ("docstrings", 3, 0)
+    assert (wordnet.kind, wordnet.use, wordnet.queries) == ("wordnet", "queries", 7)
     assert (zoo.kind, zoo.use, zoo.queries, zoo.passages) == ("beir", "pairs", 5, 0)
     with pytest.raises(SettingsError, match="family 'leftout' is unknown"):
         list(arms(load_studies(), ["leftout"], Public(corpora=corpora), {}))

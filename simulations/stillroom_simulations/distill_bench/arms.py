@@ -45,6 +45,7 @@ class Learning(Group):
     text: Text = Field("docstrings", description="what it learns from; see the table of `arms.py`")
     docstrings: int | None = Field(None, ge=0, description="most queries of docstrings; 0: none are read; none: all")
     documentation: int | None = Field(None, ge=0, description="most passages of documentation, likewise")
+    wordnet: int = Field(0, ge=0, description="most definitions of WordNet, where it is installed; 0: none are read")
     queries: int | None = Field(None, ge=1, description="most queries of each data set")
     passages: int | None = Field(None, ge=0, description="most passages of each data set beside those of its queries")
 
@@ -76,8 +77,12 @@ class MemorySettings(Group):
 
     texts: tuple[int, ...] = Field((10_000, 100_000, 1_000_000), min_length=2, description="sizes of the corpus")
     steps: int = Field(50, ge=1, description="of training")
-    preparing: float = Field(400.0, gt=0, description="goal: most bytes a text that preparing lessons may grow by")
-    learning: float = Field(100.0, gt=0, description="goal: the same of laying out vectors and of training")
+    preparing: float = Field(
+        512.0,
+        gt=0,
+        description="goal: most bytes that preparing grows by for a passage and the query that is made of it",
+    )
+    learning: float = Field(128.0, gt=0, description="goal: the same of laying out their vectors, and of training")
 
 
 class RateSettings(Group):
@@ -179,6 +184,8 @@ class Public:
         if learning.text == "others" and learning.documentation != 0:
             limit = learning.documentation
             yield SourceSettings(kind="documentation", use="passages", packages=packages, passages=limit)
+        if learning.wordnet:
+            yield SourceSettings(kind="wordnet", use="queries", queries=learning.wordnet)
 
     def _sets(self, learning: Learning, out: Path | None) -> Iterator[SourceSettings]:
         passages = learning.passages if self.passages is None else self.passages

@@ -64,14 +64,17 @@ def measure_memory(settings: MemorySettings, folder: Path, console: Console) -> 
 
 
 def growth(peaks: Mapping[str, Mapping[int, int]], settings: MemorySettings) -> dict[str, dict[str, Any]]:
-    """Bytes a text by which the peak of each stage grows between the two largest sizes, against its goal."""
+    """By how many bytes the peak of each stage grows between the two largest sizes, against its goal.
+
+    A passage stands for itself and the query that is made of it.
+    """
     made: dict[str, dict[str, Any]] = {}
     for stage, own in peaks.items():
         small, large = sorted(own)[-2:]
         each = (own[large] - own[small]) / (large - small)
         most = settings.preparing if stage == "lessons" else settings.learning
         made[f"memory.{stage}.growth"] = {
-            "value": each, "unit": "bytes a text", "goal": f"<= {most:g}", "holds": each <= most, "between": [small, large],
+            "value": each, "unit": "bytes a passage", "goal": f"<= {most:g}", "holds": each <= most, "between": [small, large],
         }  # fmt: skip
     return made
 

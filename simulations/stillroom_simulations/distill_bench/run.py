@@ -105,11 +105,11 @@ def _digests(bench: Bench, asked: Asked) -> dict[str, dict[str, str]]:
         "rates": {"rates": key_of(bench.studies.rates.model_dump())},
     }
     for settings in bench.studies.arms:
-        taught = bench.studies.taught[settings.taught].model_dump(mode="json") if settings.taught else None
         try:
             made = [*arms(bench.studies, [settings.family], bench.public, asked.changes, names=[settings.name])]
         except SettingsError:  # of a family that is not asked for: a set is missing, or changes do not fit
             continue
+        taught = [bench.studies.taught[name].model_dump(mode="json") for name in {made[0].maker.taught} if name]
         found.setdefault(settings.family, {})[settings.name] = key_of([arm.digest for arm in made], taught, own)
     return found
 

@@ -43,8 +43,7 @@ def of_distill(benchmark: Mapping[str, Any]) -> str:
     if goals:
         rows = [(_place(key), _words(key, one), _value(one), one["goal"], _outcome(one)) for key, one in goals]
         parts.append(_table(("goal of", "figure", "value (95% interval)", "goal", "outcome"), rows))
-    beside = [(key, one) for key, one in figures.items() if "goal" not in one and _tail(key)[1] in _WORDS]
-    beside = [(key, one) for key, one in beside if _tail(key)[0] == "mean" and _tail(key)[1] != "kept"]
+    beside = [(key, one) for key, one in figures.items() if "goal" not in one and _is_beside(*_tail(key))]
     if beside:
         rows = [(_place(key), _words(key, one), _value(one)) for key, one in beside]
         parts.append(_table(("beside the goals", "figure", "value (95% interval)"), rows))
@@ -116,7 +115,7 @@ def _memory(figures: Figures) -> str:
         if family == "memory" and rest and rest[0].isdecimal():
             sizes.setdefault(stage, []).append((int(rest[0]), one))
     texts = [size for size, _ in next(iter(sizes.values()))]
-    heads = ("largest anonymous memory, MB (seconds)", *(f"{size:,} texts" for size in texts))
+    heads = ("largest anonymous memory, MB (seconds)", *(f"{size:,} passages" for size in texts))
     rows = [
         (stage, *(f"{one['value'] / 1e6:,.0f} ({one['seconds']:,.0f})" for _, one in own))
         for stage, own in sizes.items()
@@ -129,7 +128,7 @@ def _words(key: str, one: Mapping[str, Any]) -> str:
     family = key.partition(".")[0]
     if family == "memory":
         small, large = one["between"]
-        return f"bytes a text that its memory grows by from {small:,} to {large:,} texts"
+        return f"bytes a passage and its query that its memory grows by from {small:,} to {large:,} of them"
     if family == "rates":
         return "sentences a second / the plain recipe of Sentence Transformers (least and largest of the repeats)"
     tail = _tail(key)[1]
@@ -148,6 +147,11 @@ def _tail(key: str) -> tuple[str, str]:
     return (parts[2], ".".join(parts[3:])) if len(parts) > 3 else ("", parts[-1])
 
 
+def _is_beside(place: str, tail: str) -> bool:
+    """Whether a figure without a goal stands in the table: means over the sets, of what rows of arms do not show."""
+    return place == "mean" and tail != "kept" and (tail in _WORDS or tail.startswith("cut-"))
+
+
 def _place(key: str) -> str:
     """`left-out align, mean of the sets`."""
     family, *rest = key.split(".")
@@ -163,7 +167,7 @@ def _value(one: Mapping[str, Any]) -> str:
     """Three places, or whole numbers where they are counts and bytes; the interval where there is one."""
     if one["value"] is None:
         return str(one["note"])
-    text = f"{one['value']:,.0f}" if one["unit"] in ("bytes", "bytes a text", "sets") else f"{one['value']:.3f}"
+    text = f"{one['value']:,.0f}" if one["unit"] in ("bytes", "bytes a passage", "sets") else f"{one['value']:.3f}"
     if "interval" in one:
         low, high = one["interval"]
         text += f" ({low:.3f} to {high:.3f})"
