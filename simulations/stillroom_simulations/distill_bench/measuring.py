@@ -33,9 +33,10 @@ import numpy as np
 from sentence_transformers import CrossEncoder
 
 from stillroom_server.distillery.compress.quantize import CompressSettings
-from stillroom_server.distillery.exporting import export_model
+from stillroom_server.distillery.exporting import DOCUMENTS, export_model
 from stillroom_server.distillery.recipe import Recipe
-from stillroom_server.distillery.run import STAGES, Run, planned
+from stillroom_server.distillery.run import Run
+from stillroom_server.distillery.stages import STAGES, planned
 from stillroom_server.teacher import folder_of, load_teacher
 from stillroom_shared.corpus import Corpus
 from stillroom_shared.progress import Progress
@@ -48,8 +49,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 METRIC = "ndcg_at_10"
-_DOCUMENTS = "documents"
-"""Folder in a model's, of the document tower that a recipe made for it."""
 _PROBES = 256
 
 
@@ -202,8 +201,8 @@ def system_of(
         cut: length of vectors, on both sides.
     """
     asked, end = f"{student or model}{suffix}", "" if cut is None else f"@{cut}"
-    if (model / _DOCUMENTS).is_dir():
-        return f"{asked}{end}::{model / _DOCUMENTS}{end}"
+    if (model / DOCUMENTS).is_dir():
+        return f"{asked}{end}::{model / DOCUMENTS}{end}"
     return f"{asked}{end}::{recipe.teachers[recipe.documents].model}{end}" if recipe.documents else f"{asked}{end}"
 
 
