@@ -96,7 +96,7 @@ name = "align"
 text = "others"
 docstrings = 0
 documentation = 0
-settings = ["student.layers=0,1", "training.epochs=1", "student.tokens=32"]
+settings = ["student.layers=0,1", "training.epochs=1", "student.tokens=32", "data.synthetic.makers=crop"]
 
 [memory]
 texts = [50, 150]

@@ -168,7 +168,7 @@ def test_a_reranker_keeps_a_share_of_its_teachers_gain() -> None:
     assert figures["rerank.rerank.mean.teacher_gain"]["value"] == pytest.approx(teacher - first)
     assert figures["rerank.rerank.mean.latency_ratio.int8"]["holds"]
     assert "goal" not in figures["rerank.rerank.mean.latency_ratio.float32"]
-    nothing = figures_of(results(settings, means | {"teacher float32": 0.5}, times), {})["rerank.rerank.mean.gain_kept"]
+    nothing = figures_of(results(settings, means | {"teacher float32": 0.45}, times), {})["rerank.rerank.mean.gain_kept"]
     assert nothing["value"] is None and not nothing["holds"]
 
 
@@ -264,7 +264,8 @@ def test_the_table_shows_every_arm_and_every_goal(record: Callable[..., Record],
     made.add("rates", ["rates"], rate_figures({"ours": rate[:1], "sentence-transformers": rate[1:]}))
     drawn = of_distill(json.loads(json.dumps(made.as_json())))
     [row] = [line for line in drawn.splitlines() if line.startswith("| align |")]
-    assert "untrained 0.2" in row and "torch 0.0" in row and "teacher 0.51" in row
+    untrained = made.figures["recipes.align.zoo.untrained.torch.ndcg_at_10"]["value"]
+    assert f"; untrained {untrained:.3f}; teacher 0." in row and "torch 0.0" in row
     goals = [key for key, one in made.figures.items() if "goal" in one]
     assert len(goals) == 1 and drawn.count("holds |") + drawn.count("missed |") == 1
     assert "recipes: `stillroom bench distill` at" in drawn
