@@ -38,6 +38,8 @@ ENCODE = {"float32": "<= 0.55", "int8": "<= 0.3"}
 THIRD = "<= 0.3333"
 CUT = 128
 _MEAN = "mean"
+_TOSSES = 10_000
+"""Of the randomisation test: the least p that it can tell is 1 in so many."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,7 +160,8 @@ def _difference(results: Results, other: Results) -> Figures:
         judged = where == _MEAN and results.settings.above_on is None
         interval = _interval(differences)
         value = figure(interval, "nDCG@10") | ({"goal": "> 0", "holds": interval.low > 0} if judged else {})
-        p = paired_randomisation([one.mean(axis=0) for one in differences], generator=np.random.default_rng(0))
+        of_queries = [one.mean(axis=0) for one in differences]
+        p = paired_randomisation(of_queries, generator=np.random.default_rng(0), resamples=_TOSSES)
         made[f"{results.title}.{where}.above.{name}"] = value | {"p": float(p[0])}
     return made
 
