@@ -107,7 +107,7 @@ def figures_of(results: Results, others: Mapping[str, Results]) -> Figures:
     made |= _costs(results)
     for other in results.settings.above:
         if other in others:
-            made |= _difference(results, others[other])
+            made |= _difference(results, other, others[other])
     if (count := results.settings.above_on) is not None:
         made |= _on_sets(results, made, count)
     rules = {"left-out": _left_out, "rerank": _rerank}
@@ -151,9 +151,9 @@ def _costs(results: Results) -> Figures:
     return made
 
 
-def _difference(results: Results, other: Results) -> Figures:
+def _difference(results: Results, name: str, other: Results) -> Figures:
     """nDCG@10 minus that of another arm, paired."""
-    made, name = {}, other.settings.name
+    made: Figures = {}
     shared = tuple(one for one in results.sets if one in other.sets)
     for where, sets in _places(results, shared):
         differences = [_paired(results, other, one) for one in sets]
