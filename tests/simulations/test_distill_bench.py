@@ -63,7 +63,8 @@ settings = ["data.synthetic.makers=", "data.negatives.count=3", "data.negatives.
 text = "labelled"
 docstrings = 0
 untrained = true
-settings = ["student.layers=0,1", "training.epochs=1", "data.negatives.relative_margin=none", "student.tokens=32"]
+settings = ["student.layers=0,1", "training.epochs=1", "training.batch_size=2", "data.negatives.relative_margin=none",
+  "student.tokens=32"]
 
 [[arms]]
 family = "recipes"

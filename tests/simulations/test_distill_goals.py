@@ -168,7 +168,9 @@ def test_a_reranker_keeps_a_share_of_its_teachers_gain() -> None:
     assert figures["rerank.rerank.mean.teacher_gain"]["value"] == pytest.approx(teacher - first)
     assert figures["rerank.rerank.mean.latency_ratio.int8"]["holds"]
     assert "goal" not in figures["rerank.rerank.mean.latency_ratio.float32"]
-    nothing = figures_of(results(settings, means | {"teacher float32": 0.45}, times), {})["rerank.rerank.mean.gain_kept"]
+    nothing = figures_of(results(settings, means | {"teacher float32": 0.45}, times), {})[
+        "rerank.rerank.mean.gain_kept"
+    ]
     assert nothing["value"] is None and not nothing["holds"]
 
 

@@ -45,8 +45,8 @@ def of_distill(benchmark: Mapping[str, Any]) -> str:
         parts.append(_table(("goal of", "figure", "value (95% interval)", "goal", "outcome"), rows))
     beside = [(key, one) for key, one in figures.items() if "goal" not in one and _is_beside(*_tail(key))]
     if beside:
-        rows = [(_place(key), _words(key, one), _value(one)) for key, one in beside]
-        parts.append(_table(("beside the goals", "figure", "value (95% interval)"), rows))
+        plain = [(_place(key), _words(key, one), _value(one)) for key, one in beside]
+        parts.append(_table(("beside the goals", "figure", "value (95% interval)"), plain))
     return "\n\n".join([*parts, "\n".join(_context(benchmark))])
 
 
