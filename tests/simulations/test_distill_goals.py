@@ -67,7 +67,7 @@ def mean_over(found: Results, role: str, sets: Sequence[str] = tuple(SIZES)) -> 
     for name in sets:
         seeds = [sum(run[role]["scores"]) / len(run[role]["scores"]) for run in found.sets[name]]
         per_set.append(sum(seeds) / len(seeds))
-    return sum(per_set) / len(per_set)
+    return float(sum(per_set) / len(per_set))
 
 
 def slow_ratio_interval(found: Results, top: str, below: str) -> tuple[float, float]:
@@ -237,7 +237,8 @@ def record() -> Callable[..., Record]:
 
 def test_a_file_is_merged_only_of_what_agrees(record: Callable[..., Record], tmp_path: Path) -> None:
     """Guards against figures of two seeds, of other data or of other arms that stand in one table."""
-    file, said = tmp_path / "distill.json", []
+    file = tmp_path / "distill.json"
+    said: list[str] = []
     first = record("first")
     first.add("recipes", ["align"], {"recipes.align.seconds": {"value": 1.0, "unit": "s"}})
     first.write(file)

@@ -183,7 +183,7 @@ def _trainer(
         lr_scheduler_type="linear",
         weight_decay=settings.weight_decay,
         bf16=_bfloat16(settings),
-        use_cpu=settings.device == "cpu",
+        use_cpu=model.device.type == "cpu",
         seed=settings.seed,
         data_seed=settings.seed,
         eval_strategy="steps",
@@ -197,7 +197,7 @@ def _trainer(
         logging_strategy="steps",
         logging_steps=logged,
         logging_nan_inf_filter=False,
-        dataloader_pin_memory=settings.device != "cpu" and torch.cuda.is_available(),
+        dataloader_pin_memory=model.device.type == "cuda",
         report_to="none",
         disable_tqdm=True,
     )

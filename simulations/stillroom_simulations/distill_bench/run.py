@@ -119,7 +119,9 @@ def _of_arms(found: Sequence[Arm], bench: Bench, seeds: Sequence[int]) -> Figure
     results: dict[str, Results] = {}
     for arm in found:
         measured = [bench.measured(arm, seed) for seed in seeds]
-        sets = {name: [one["sets"][name] for one in measured] for name in measured[0]["sets"]}
+        sets: dict[str, Sequence[Mapping[str, Any]]] = {
+            name: [one["sets"][name] for one in measured] for name in measured[0]["sets"]
+        }
         seconds = [one["seconds"] for one in measured]
         if (before := results.get(arm.settings.name)) is not None:
             sets, seconds = {**before.sets, **sets}, [*before.seconds, *seconds]

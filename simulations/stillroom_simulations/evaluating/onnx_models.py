@@ -142,7 +142,8 @@ def _by_its_modules(model: OnnxModel, role: Role) -> Callable[[str], Vectors]:
     encode: Callable[..., Any] = whole.encode_query if role == "query" else whole.encode_document
 
     def vector(text: str) -> Vectors:
-        return np.asarray(encode([text], show_progress_bar=False, convert_to_numpy=True), np.float32)[0]
+        [found] = encode([text], show_progress_bar=False, convert_to_numpy=True)
+        return np.asarray(found, np.float32)
 
     return vector
 

@@ -130,8 +130,10 @@ def test_float16_moves_no_negative_further_than_its_rounding(lessons: Lessons, d
     cache = VectorCache(tmp_path / "cache")
     rounded = Dense.prepare(HashedWords(), lessons, tmp_path, cache, lambda done, total: None)
     scores = products(lessons)
-    plain = {"count": 4, "relative_margin": None}
-    lists = [mined(lessons, one, tmp_path / str(number), **plain) for number, one in enumerate((dense, rounded))]
+    lists = [
+        mined(lessons, one, tmp_path / str(number), count=4, relative_margin=None)
+        for number, one in enumerate((dense, rounded))
+    ]
     for exact, other in zip(*lists, strict=True):
         left, right = ([scores[one.query][row] for row in one.passages[1:]] for one in (exact, other))
         assert (exact.query, exact.passages[0]) == (other.query, other.passages[0])
