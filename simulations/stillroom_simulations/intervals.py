@@ -160,6 +160,8 @@ def interval_over_sets_and_seeds(
         raise DataError(f"the denominators' mean is {whole[1] / len(tops)}: a ratio needs a positive one")
     kept = np.ones((resamples, 1)) if seeds == 1 else _drawn_seeds(seeds, resamples, generator)
     top_sums, below_sums = (sums * kept[:, :, None]).sum(axis=1).T
+    if not below_sums.all():
+        raise DataError("some resamples have a denominator of 0: too few queries score above 0 for a ratio")
     return _percentile(float(whole[0] / whole[1]), top_sums / below_sums, level)
 
 

@@ -14,6 +14,8 @@ from rich.console import Console
 from tests.simulations import shelves
 
 from stillroom_server.distillery.recipe import Recipe, ready
+from stillroom_server.distillery.losses.needs import needs
+from stillroom_server.distillery.training.reading import OF_TEXTS
 from stillroom_shared.beir import load_beir
 from stillroom_shared.corpus import Corpus
 from stillroom_shared.errors import SettingsError
@@ -138,6 +140,19 @@ def test_the_file_that_comes_with_stillroom_holds_every_recipe_and_family(corpor
         assert Public(corpora=corpora).recipe(one, {}).teaches_first, name
     teachers = {arm.settings.name: arm for arm in found if arm.settings.family == "teachers"}
     assert len({arm.recipe.data for arm in teachers.values()}) == 1, "arms of teachers learn from different text"
+
+
+def test_arms_of_teachers_differ_in_who_ranks_alone(corpora: Mapping[Path, Corpus]) -> None:
+    """Guards against a baseline of half the steps, and a teacher whose raw scores ask for a flat ranking."""
+    studies = load_studies()
+    every = studies.model_copy(update={"arms": tuple(one.model_copy(update={"sets": ()}) for one in studies.arms)})
+    found = {arm.settings.name: arm.recipe for arm in arms(every, ["teachers"], Public(corpora=corpora), {})}
+    assert len({recipe.training for recipe in found.values()}) == 1
+    for name, recipe in found.items():
+        assert needs(recipe.losses) - OF_TEXTS, f"{name} learns from texts alone, the others from lists as well"
+        assert recipe.normalises_one, f"{name} has scores of another scale"
+    reranker = next(one for one in studies.arms if one.family == "recipes" and one.name == "rerank")
+    assert not reranker.above  # its first stage is the teacher: that alone is above a student
 
 
 def test_a_set_left_out_teaches_nothing_to_those_measured_on_it(corpora: Mapping[Path, Corpus]) -> None:

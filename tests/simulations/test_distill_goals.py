@@ -141,6 +141,7 @@ def test_one_arm_is_better_than_others_where_every_interval_is_above_zero() -> N
     assert missed["teachers.both.zoo.above.dense"]["p"] == 1
     alone = figures_of(replace(same, settings=arm("teachers", "both", above=["dense"])), {"dense": same})
     assert not alone["teachers.both.mean.above.dense"]["holds"]  # a difference of nothing is not above 0
+    assert "teachers.both.above" not in figures_of(better, {"dense": others["dense"]})  # half of it was not measured
 
 
 def test_arms_are_paired_by_the_queries_that_they_share() -> None:
@@ -252,6 +253,12 @@ def test_a_file_is_merged_only_of_what_agrees(record: Callable[..., Record], tmp
         assert other.families["rates"]["command"] == "second"
     assert other.as_json()["figures"] == {"rates.ours": {"value": 2.0, "unit": "sentences/s"}}
     assert len(said) == 3 and "align changed since" in said[-1]
+    elsewhere = json.loads(file.read_text())
+    elsewhere["families"]["recipes"]["machine"] = "another one"
+    file.write_text(json.dumps(elsewhere))
+    moved = record("fourth")
+    moved.take_over(file, ["rates"], said.append)
+    assert not moved.figures and "of another machine" in said[-1]  # the file names one machine for all
     again = record("third")
     again.take_over(file, ["recipes"])
     assert not again.figures  # asked for: measured anew

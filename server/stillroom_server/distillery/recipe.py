@@ -52,6 +52,10 @@ class Recipe(Group):
     )
     scorers: tuple[str, ...] = Field((), description="teachers whose scores are learned; empty: all that are named")
     normalisation: Normalisation = Field("standard", description="how scores of several teachers meet, query by query")
+    normalises_one: bool = Field(
+        False,
+        description="normalise the scores of a single teacher too, as those of several are: to compare it with them",
+    )
     begins: str | None = Field(
         None, description="teacher that the student is cut from; none: `documents`, or the first"
     )

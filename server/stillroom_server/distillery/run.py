@@ -145,6 +145,7 @@ class Run:
             [self._settings_of(name) for name in self.recipe.scoring],
             passages=lambda: lessons.texts(lessons.rows("passage")),
             normalisation=self.recipe.normalisation,
+            always=self.recipe.normalises_one,
         )
         score_lessons(together, lessons, ScoreCache(self.cache), self.out / "scores.npy", progress=stage)
 

@@ -74,7 +74,7 @@ def stage_keys(recipe: Recipe) -> dict[str, str]:
         "teach": said["teach"],
         "vectors": [minds, recipe.documents, recipe.embedded],
         "rotate": said["rotate"],
-        "scores": [teachers, recipe.scoring, recipe.normalisation],
+        "scores": [teachers, recipe.scoring, recipe.normalisation, recipe.normalises_one],
         "search": [said[part] for part in ("architecture", "student", "training", "seed")],
         "train": [said[part] for part in ("student", "losses", "training", "pruning", "seed", "begins")],
         "export": said["compress"],

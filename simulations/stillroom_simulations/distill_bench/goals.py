@@ -108,7 +108,7 @@ def figures_of(results: Results, others: Mapping[str, Results]) -> Figures:
     for other in results.settings.above:
         if other in others:
             made |= _difference(results, other, others[other])
-    if (count := results.settings.above_on) is not None:
+    if (count := results.settings.above_on) is not None and {*results.settings.above} <= {*others}:
         made |= _on_sets(results, made, count)
     rules = {"left-out": _left_out, "rerank": _rerank}
     if rule := rules.get(results.settings.family):

@@ -55,6 +55,8 @@ class Record:
             return f"they are of seeds {about['seeds']}"
         if about["sets"] != dict(self.sets):
             return "they are of other data sets, or of other queries"
+        if (about.get("machine"), about.get("versions")) != (machine(1), versions()):
+            return "they are of another machine, or of other versions of packages"
         now = self.digests.get(family, {})
         changed = [name for name, digest in about["arms"].items() if now.get(name) != digest]
         return f"{', '.join(changed)} changed since" if changed else None
@@ -65,6 +67,8 @@ class Record:
             "command": self.command,
             "commit": commit(),
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "machine": machine(1),
+            "versions": versions(),
             "seeds": list(self.seeds),
             "sets": dict(self.sets),
             "arms": {name: self.digests[family][name] for name in arms},

@@ -255,3 +255,6 @@ def test_sets_refuse_what_has_no_mean(models: dict[str, str]) -> None:
     several = [TeacherSettings(kind=kind, model=models[kind], device="cpu") for kind in ("bm25", "bi-encoder")]
     assert isinstance(open_teachers(several, passages=lambda: TEXTS), TeacherSet)
     assert isinstance(open_teachers(several[1:]), BiEncoder)
+    alone = open_teachers(several[1:], always=True)
+    [scores] = alone.score(["what do tapirs eat"], [TEXTS])
+    assert scores.mean() == pytest.approx(0, abs=1e-5) and scores.std() == pytest.approx(1, abs=1e-4)

@@ -63,10 +63,15 @@ def open_teachers(
     *,
     passages: Callable[[], Iterable[str]] | None = None,
     normalisation: Normalisation = "standard",
+    always: bool = False,
 ) -> Teacher:
-    """One teacher as it is, or several as a `TeacherSet`; `passages` gives the corpus anew for each that asks."""
+    """One teacher as it is, or several as a `TeacherSet`; `passages` gives the corpus anew for each that asks.
+
+    Args:
+        always: one teacher is a set too, so that its scores are on the scale of several.
+    """
     opened = [open_teacher(one, passages=passages() if passages and one.kind == "bm25" else None) for one in settings]
-    if len(opened) == 1:
+    if len(opened) == 1 and not always:
         return opened[0]
     members = [Member(teacher, one.weight, one.temperature) for teacher, one in zip(opened, settings, strict=True)]
     return TeacherSet(members, normalisation)
