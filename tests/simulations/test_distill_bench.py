@@ -13,8 +13,8 @@ import pytest
 from rich.console import Console
 from tests.simulations import shelves
 
-from stillroom_server.distillery.recipe import Recipe, ready
 from stillroom_server.distillery.losses.needs import needs
+from stillroom_server.distillery.recipe import Recipe, ready
 from stillroom_server.distillery.training.reading import OF_TEXTS
 from stillroom_shared.beir import load_beir
 from stillroom_shared.corpus import Corpus

@@ -81,6 +81,12 @@ class OnnxModel:
 
     def late(self) -> Loaded:
         """A late-interaction model whose states are the file's."""
+        expansion = getattr(self.loaded.model[0], "query_expansion", None)
+        if expansion and not expansion["attend"]:
+            raise SettingsError(
+                f"{self.name} expands queries by tokens that no other looks at, which a device's texts without a mask "
+                "cannot have: only its torch weights can be evaluated"
+            )
         return Loaded(_around(self), self.identity, len(self.content))
 
     def scorer(self) -> PairScorer:
