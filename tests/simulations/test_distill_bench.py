@@ -260,5 +260,7 @@ def test_families_that_are_not_asked_for_keep_their_figures_while_they_hold(aske
     drawn = of_distill(made)
     assert "left-out align, mean of the sets" in drawn and "`second` at" in drawn and "`first` at" in drawn
     changed = replace(others, families=["matryoshka"], changes={**asked.changes, "losses.cosine.weight": "2"})
-    made = bench_distill(changed, out=out, console=QUIET, command="third")
+    with pytest.raises(SettingsError, match="left-out"):
+        bench_distill(changed, out=out, console=QUIET, command="third")
+    made = bench_distill(replace(changed, replace=True), out=out, console=QUIET, command="third")
     assert list(made["families"]) == ["matryoshka"]

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stillroom_shared.errors import DataError
+from stillroom_shared.errors import DataError, SettingsError
 from stillroom_simulations.distill_bench.arms import ArmSettings, MemorySettings
 from stillroom_simulations.distill_bench.goals import Figures, Results, figures_of
 from stillroom_simulations.distill_bench.memory import growth, peak_while
@@ -238,30 +238,45 @@ def record() -> Callable[..., Record]:
 
 def test_a_file_is_merged_only_of_what_agrees(record: Callable[..., Record], tmp_path: Path) -> None:
     """Guards against figures of two seeds, of other data or of other arms that stand in one table."""
-    file = tmp_path / "distill.json"
-    said: list[str] = []
+    file, rates = tmp_path / "distill.json", {"rates": ["rates"]}
     first = record("first")
     first.add("recipes", ["align"], {"recipes.align.seconds": {"value": 1.0, "unit": "s"}})
     first.write(file)
-    for other, kept in (
-        (record("second"), True), (record("second", seeds=[0]), False), (record("second", zoo="b2"), False),
-        (record("second", align="d2"), False),
+    same = record("second")
+    same.take_over(file, rates)
+    same.add("rates", ["rates"], {"rates.ours": {"value": 2.0, "unit": "sentences/s"}})
+    assert "recipes.align.seconds" in same.figures and same.families["rates"]["command"] == "second"
+    for other, why in (
+        (record("second", seeds=[0]), "seeds"), (record("second", zoo="b2"), "other data sets"),
+        (record("second", align="d2"), "align changed since"),
     ):  # fmt: skip
-        other.take_over(file, ["rates"], said.append)
-        other.add("rates", ["rates"], {"rates.ours": {"value": 2.0, "unit": "sentences/s"}})
-        assert ("recipes.align.seconds" in other.figures) == kept == ("recipes" in other.families)
-        assert other.families["rates"]["command"] == "second"
-    assert other.as_json()["figures"] == {"rates.ours": {"value": 2.0, "unit": "sentences/s"}}
-    assert len(said) == 3 and "align changed since" in said[-1]
+        with pytest.raises(SettingsError, match=f"recipes .*{why}"):
+            other.take_over(file, rates)
+        other.take_over(file, rates, replace=True)
+        assert not other.figures and not other.families
     elsewhere = json.loads(file.read_text())
     elsewhere["families"]["recipes"]["machine"] = "another one"
     file.write_text(json.dumps(elsewhere))
-    moved = record("fourth")
-    moved.take_over(file, ["rates"], said.append)
-    assert not moved.figures and "of another machine" in said[-1]  # the file names one machine for all
-    again = record("third")
-    again.take_over(file, ["recipes"])
-    assert not again.figures  # asked for: measured anew
+    with pytest.raises(SettingsError, match="of another machine"):  # the file names one machine for all
+        record("third").take_over(file, rates)
+
+
+def test_a_file_loses_nothing_that_is_not_measured_again(record: Callable[..., Record], tmp_path: Path) -> None:
+    """A look at one arm, or a crash on the way, must not cost the figures of record."""
+    file = tmp_path / "distill.json"
+    first = record("first")
+    first.add("recipes", ["align"], {"recipes.align.seconds": {"value": 1.0, "unit": "s"}})
+    first.add("rates", ["rates"], {"rates.ours": {"value": 2.0, "unit": "sentences/s"}})
+    first.write(file)
+    with pytest.raises(SettingsError, match="align would not be measured again"):
+        record("look").take_over(file, {"recipes": ["listwise"]})
+    again = record("again")
+    again.take_over(file, {"recipes": ["align", "listwise"]})
+    again.write(file)  # as after a crash in the first arm
+    assert again.figures == first.figures
+    other = record("other seeds", seeds=[4])
+    other.take_over(file, {"recipes": ["align"]})
+    assert [*other.families] == ["rates"]  # which no seed touches
 
 
 def test_the_table_shows_every_arm_and_every_goal(record: Callable[..., Record], tmp_path: Path) -> None:

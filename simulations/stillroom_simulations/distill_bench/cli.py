@@ -36,6 +36,9 @@ def bench_distill(
     ),
     cache: Annotated[Path, typer.Option(help="Folder of what teachers said, by content.")] = Path("~/.cache/stillroom"),
     out: Annotated[Path, typer.Option(help="The benchmark file to write.")] = Path("benchmarks/results/distill.json"),
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Let figures leave the file that are not measured again.")
+    ] = False,
     changes: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting of every recipe.")
     ] = None,
@@ -68,6 +71,7 @@ def bench_distill(
         timed=timed,
         folder=folder,
         cache=cache.expanduser(),
+        replace=replace,
     )
     measure(asked, out=out, console=Console(highlight=False), command=" ".join(["stillroom bench distill", *words]))
     typer.echo(f"\nfigures  {out}")

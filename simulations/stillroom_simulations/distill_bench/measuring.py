@@ -108,10 +108,11 @@ class Bench:
         return {"seconds": self._seconds(arm, made), "sets": sets}
 
     def _seconds(self, arm: Arm, made: Made) -> dict[str, float]:
-        """Of each stage; `taught` is all of teaching the cross-encoder, which a recipe alone would do itself."""
-        seconds = Workspace(made.folder).seconds()
+        """Of each stage that the recipe has; `teach` where the cross-encoder is shared, too: a recipe alone would teach it."""
+        taken = Workspace(made.folder).seconds()
+        seconds = {name: taken[name] for name in planned(made.recipe) if name in taken}
         if arm.maker.taught:
-            seconds["taught"] = sum(Workspace(self.folder / "teachers" / arm.maker.taught).seconds().values())
+            seconds["teach"] = Workspace(self.folder / "teachers" / arm.maker.taught).seconds()["teach"]
         return seconds
 
     def _measure(self, arm: Arm, systems: Mapping[str, str], corpus: Corpus, path: Path) -> None:

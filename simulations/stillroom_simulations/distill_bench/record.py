@@ -2,21 +2,32 @@
 
     {"name", "machine", "versions", "seeds", "sets": {SET: HASH}, "families": {FAMILY: {...}}, "figures": {KEY: {...}}, ...}
 
-A family says its own `command`, `commit` and `date`, and the digest of each of its arms. Figures of families that are not asked
-for stay, if they are of the same seeds, sets and arms; otherwise they go, and it is said why.
+A family says its own `command`, `commit` and `date`, and the digest of each of its arms. What is not measured again stays, if
+it is of the same seeds, sets, arms and machine; nothing leaves a file unless that was asked for:
+
+| in the file | and now | is |
+|---|---|---|
+| a family that is not asked for | the same seeds, sets, arms, machine, versions | kept |
+| the same | any of them differs (`memory` and `rates` have no seeds) | refused, or left out with `replace` |
+| a family that is asked for | with all arms of the file | kept until its new figures are there |
+| the same | with fewer arms | refused, or replaced with `replace` |
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from stillroom_shared.errors import SettingsError
 from stillroom_shared.files import replace_file
 from stillroom_simulations.benchmark_file import commit, machine, versions
+
+SEEDLESS = ("memory", "rates")
+"""Families that are measured once, whatever the seeds."""
 
 
 @dataclass
@@ -37,21 +48,34 @@ class Record:
     families: dict[str, dict[str, Any]] = field(default_factory=dict)
     figures: dict[str, dict[str, Any]] = field(default_factory=dict)
 
-    def take_over(self, path: Path, asked: Sequence[str], say: Callable[[str], None] = lambda line: None) -> None:
-        """Keep what the file at `path` says of other families than `asked`, where it still holds."""
+    def take_over(self, path: Path, asked: Mapping[str, Sequence[str]], *, replace: bool = False) -> None:
+        """Keep what the file at `path` says, where it still holds; `asked` are arms by family.
+
+        Raises:
+            SettingsError: something would be lost that will not be measured again, and `replace` is false.
+        """
         if not path.is_file():
             return
-        old = json.loads(path.read_text())
+        old, lost = json.loads(path.read_text()), []
         for family, about in old.get("families", {}).items():
-            if family not in asked:
-                if (why := self._differs(family, about)) is not None:
-                    say(f"figures of {family} leave {path.name}: {why}")
-                    continue
-                self.families[family] = about
-                self.figures |= {key: one for key, one in old["figures"].items() if family_of(key) == family}
+            why = self._differs(family, about)
+            if family in asked and (missing := [name for name in about["arms"] if name not in asked[family]]):
+                why = f"{', '.join(missing)} would not be measured again"
+            elif family in asked and why is not None:
+                continue
+            if why is not None:
+                lost.append(f"{family} ({why})")
+                continue
+            self.families[family] = about
+            self.figures |= {key: one for key, one in old["figures"].items() if family_of(key) == family}
+        if lost and not replace:
+            raise SettingsError(
+                f"{path} would lose figures of {'; '.join(lost)}: write to another file with --out, or let them go with "
+                "--replace"
+            )
 
     def _differs(self, family: str, about: Mapping[str, Any]) -> str | None:
-        if about["seeds"] != list(self.seeds):
+        if family not in SEEDLESS and about["seeds"] != list(self.seeds):
             return f"they are of seeds {about['seeds']}"
         if about["sets"] != dict(self.sets):
             return "they are of other data sets, or of other queries"

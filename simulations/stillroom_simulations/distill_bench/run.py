@@ -55,6 +55,7 @@ class Asked:
         timed: queries that are timed; 0 for none.
         folder: of the runs; the same again resumes.
         cache: of what teachers said.
+        replace: let figures leave the file that are not measured again.
     """
 
     data: Sequence[Path]
@@ -68,13 +69,14 @@ class Asked:
     timed: int
     folder: Path
     cache: Path
+    replace: bool = False
 
 
 def bench_distill(asked: Asked, *, out: Path, console: Console, command: str) -> dict[str, Any]:
     """Run or resume everything, then write the benchmark file (DESIGN section 9).
 
     Raises:
-        SettingsError: a family, an arm, a recipe or a set is unknown; before anything is made.
+        SettingsError: a family, an arm, a recipe or a set is unknown, or `out` would lose figures; before anything is made.
     """
     studies = load_studies(asked.studies)
     corpora = {folder: load_beir(folder, splits="as-published") for folder in asked.data}
@@ -87,12 +89,19 @@ def bench_distill(asked: Asked, *, out: Path, console: Console, command: str) ->
     digests = _digests(bench, asked)
     sets = {one.name: one.content_hash for one in corpora.values()}
     record = Record(command=command, seeds=asked.seeds, sets=sets, digests=digests)
-    record.take_over(out, asked.families, lambda line: console.print(line, markup=False))
-    for family in (one for one in FAMILIES if one in asked.families):
-        found = [arm for arm in wanted if arm.settings.family == family]
+    by_family = {
+        family: [arm for arm in wanted if arm.settings.family == family]
+        for family in FAMILIES
+        if family in asked.families
+    }
+    names = {
+        family: list(dict.fromkeys(arm.settings.name for arm in found)) if family in TRAINED else list(digests[family])
+        for family, found in by_family.items()
+    }
+    record.take_over(out, names, replace=asked.replace)
+    for family, found in by_family.items():
         figures = _of_arms(found, bench, asked.seeds) if family in TRAINED else _of_machine(family, bench)
-        names = dict.fromkeys(arm.settings.name for arm in found) if family in TRAINED else digests[family]
-        record.add(family, list(names), figures)
+        record.add(family, names[family], figures)
         record.write(out)
     return record.write(out)
 
@@ -109,9 +118,16 @@ def _digests(bench: Bench, asked: Asked) -> dict[str, dict[str, str]]:
             made = [*arms(bench.studies, [settings.family], bench.public, asked.changes, names=[settings.name])]
         except SettingsError:  # of a family that is not asked for: a set is missing, or changes do not fit
             continue
-        taught = [bench.studies.taught[name].model_dump(mode="json") for name in {made[0].maker.taught} if name]
+        taught = [_taught(bench, name) for name in {made[0].maker.taught} if name]
         found.setdefault(settings.family, {})[settings.name] = key_of([arm.digest for arm in made], taught, own)
     return found
+
+
+def _taught(bench: Bench, name: str) -> list[Any]:
+    """What a cross-encoder depends on: its table, and the recipe that this names as it is now."""
+    learning = bench.studies.taught[name]
+    recipe = bench.public.recipe(learning, bench.changes)
+    return [learning.model_dump(mode="json"), recipe.model_dump(mode="json", exclude={"data": {"sources", "exclude"}})]
 
 
 def _of_arms(found: Sequence[Arm], bench: Bench, seeds: Sequence[int]) -> Figures:

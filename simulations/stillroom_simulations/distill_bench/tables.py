@@ -59,7 +59,7 @@ def _arms(family: str, about: Mapping[str, Any], figures: Figures, sets: Sequenc
         name = title.partition(".")[2]
         qualities = [_quality(figures, title, one) for one in shown]
         rows.append((name, *qualities, _above(figures, title), *_costs(figures, title, family)))
-    heads = (_TITLES[family], *(f"{one}, nDCG@10" for one in shown), "mean, above", "s to make", "MB", "p50, ms")
+    heads = (_TITLES[family], *(f"{one}, nDCG@10" for one in shown), "mean, above", "s to train", "MB", "p50, ms")
     return _table(heads, rows)
 
 
