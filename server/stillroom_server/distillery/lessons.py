@@ -11,7 +11,7 @@ them in the same order. Everything here is public text; the names of its sources
 |---|---|
 | the same text twice in one role | one row, that of the first; the first source keeps it |
 | the same text as query and as passage | two rows |
-| the same query with two lists | two lists |
+| the same query with two lists | two lists; one, where both have the same passages and are added `once` |
 | a list of another length than k, or one that names a row that is not there | refused |
 | a writer that is left by an exception | nothing appears at `folder` |
 """
@@ -21,6 +21,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -32,6 +33,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from stillroom_server.distillery.numbering import Numbering
 from stillroom_server.distillery.teachers.base import Role
 from stillroom_shared.errors import DataError
 from stillroom_shared.sealed import new_folder
@@ -190,7 +192,7 @@ class Lessons:
 
 
 class LessonsWriter:
-    """Writes lessons into a new folder, which appears whole when the writer is left; holds a hash and a number a text.
+    """Writes lessons into a new folder, which appears whole when the writer is left; holds `_BATCH` texts and lists in memory.
 
     `counts` are the texts and lists so far. `about` is kept in lessons.json as it is when the writer is left: JSON values
     that say how the lessons were made.
@@ -203,20 +205,28 @@ class LessonsWriter:
         self._about = about
         self._whole = new_folder(folder)
         self._sources: list[dict[str, Any]] = []
-        self._rows: dict[bytes, int] = {}
         self._digest = hashlib.sha256()
         self._pending: dict[str, list[tuple[Any, ...]]] = {"texts": [], "lists": []}
         self.counts = {"texts": 0, "lists": 0}
 
     def __enter__(self) -> Self:
-        self._partial = self._whole.__enter__()
-        self._files = {
-            "texts": pa.ipc.new_file(str(self._partial / "texts.arrow"), _TEXTS),
-            "lists": pa.ipc.new_file(str(self._partial / "lists.arrow"), _lists_schema(self._candidates)),
-        }
+        with ExitStack() as opened:
+            self._partial = opened.enter_context(self._whole)
+            self._rows, self._once = (opened.enter_context(Numbering(self._partial / one)) for one in ("rows", "once"))
+            self._files = {
+                "texts": pa.ipc.new_file(str(self._partial / "texts.arrow"), _TEXTS),
+                "lists": pa.ipc.new_file(str(self._partial / "lists.arrow"), _lists_schema(self._candidates)),
+            }
+            opened.push(self._finish)
+            self._opened = opened.pop_all()
         return self
 
     def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._opened.__exit__(kind, error, trace)
+
+    def _finish(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for name, file in self._files.items():
@@ -232,7 +242,6 @@ class LessonsWriter:
                 "about": dict(self._about),
             }
             (self._partial / "lessons.json").write_text(json.dumps(described, indent=1) + "\n")
-        self._whole.__exit__(kind, error, trace)
 
     def source(self, name: str, **facts: Any) -> int:
         """The number of a source; the same name again gives the same number. `facts` are JSON values."""
@@ -246,7 +255,7 @@ class LessonsWriter:
         """The row of a text, which is written if it is new."""
         number = ROLES.index(role)
         key = hashlib.blake2b(text.encode(), digest_size=15).digest() + bytes([number])
-        row = self._rows.setdefault(key, len(self._rows))
+        row = self._rows.number(key)
         if row == self.counts["texts"]:
             self._put("texts", (text, number, source))
             self._digest.update(key)
@@ -256,8 +265,14 @@ class LessonsWriter:
         """The same for many."""
         return [self.text(text, role, source) for text in texts]
 
-    def list(self, query: int, passages: Sequence[int], grades: Sequence[int], source: int) -> None:
-        """Add candidates of a query, by rows. Raises `DataError` when the list does not fit."""
+    def list(
+        self, query: int, passages: Sequence[int], grades: Sequence[int], source: int, *, once: bool = False
+    ) -> None:
+        """Add candidates of a query, by rows. Raises `DataError` when the list does not fit.
+
+        Args:
+            once: not if the same query came with the same passages before, in a list that was to be there once too.
+        """
         if len(passages) != self._candidates or len(grades) != self._candidates:
             raise DataError(
                 f"a list has {len(passages)} passages and {len(grades)} grades, these lessons take {self._candidates}: "
@@ -265,6 +280,9 @@ class LessonsWriter:
             )
         if wrong := [row for row in (query, *passages) if not 0 <= row < self.counts["texts"]]:
             raise DataError(f"a list names row {wrong[0]} of {self.counts['texts']} texts: write the text first")
+        known = len(self._once)
+        if once and self._once.number(np.array([query, *passages], np.int64).tobytes()) < known:
+            return
         self._put("lists", (query, [*passages], [*grades], source))
         self._digest.update(json.dumps([query, [*passages], [*grades]]).encode())
 

@@ -26,7 +26,7 @@ from stillroom_server.distillery.lessons import Lessons, LessonsWriter
 from stillroom_shared.errors import DataError, SettingsError
 from stillroom_shared.settings_file import load
 
-NOTHING = Excluded()
+NOTHING = Excluded.of(())
 ANIMALS = ("tapir", "zebra", "otter", "lemur", "heron", "gecko", "bison", "okapi")
 
 

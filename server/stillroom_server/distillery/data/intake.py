@@ -35,7 +35,6 @@ class Intake:
         self._excluded = excluded
         self._source = writer.source(name)
         self._characters = characters
-        self._pairs: set[int] = set()
 
     def query(self, text: str) -> int | None:
         """The row of a query, or None when it stays outside."""
@@ -49,9 +48,8 @@ class Intake:
         """A judgement by rows."""
         if query is None or passage is None:
             self.counts["judgements_left_out"] += 1
-        elif (pair := query << 40 | passage) not in self._pairs:
-            self._pairs.add(pair)
-            self._writer.list(query, [passage], [max(-1, min(grade, 127))], self._source)
+        else:
+            self._writer.list(query, [passage], [max(-1, min(grade, 127))], self._source, once=True)
 
     def _text(self, text: str, role: Role) -> int | None:
         if not text:

@@ -16,10 +16,16 @@ from __future__ import annotations
 import hashlib
 import re
 import unicodedata
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
 
 from stillroom_server.distillery.data.settings import ExcludeSettings
+from stillroom_server.distillery.store import as_keys, distinct
 from stillroom_shared.beir import beir_files, read_judgements, read_lines
 from stillroom_shared.errors import DataError
 
@@ -28,17 +34,36 @@ _WORDS = re.compile(r"[^\W_]+")
 
 @dataclass(frozen=True, eq=False)
 class Excluded:
-    """Hashes of what must not occur; 16 bytes each.
+    """Hashes of what must not occur, 16 bytes each.
 
-    >>> excluded = Excluded(frozenset([leak_key("What do tapirs eat?")]))
+    >>> excluded = Excluded.of(["What do tapirs eat?"])
     >>> "what do  TAPIRS eat" in excluded, "what do zebras eat" in excluded
     (True, False)
+
+    Attributes:
+        high: the first halves of the hashes, ascending, (n,).
+        low: the second halves, (n,).
     """
 
-    keys: frozenset[bytes] = frozenset()
+    high: NDArray[np.uint64]
+    low: NDArray[np.uint64]
+
+    @classmethod
+    def of(cls, texts: Iterable[str]) -> Self:
+        """All of these texts; one without a letter or digit excludes nothing."""
+        found = bytearray()
+        for text in texts:
+            found += leak_key(text)
+        keys = as_keys([bytes(found)])
+        keys = keys[distinct(keys)]
+        return cls(*(np.ascontiguousarray(half) for half in keys.T))
 
     def __contains__(self, text: str) -> bool:
-        return bool(self.keys) and leak_key(text) in self.keys
+        if not len(self.high) or not (key := leak_key(text)):
+            return False
+        high, low = as_keys([key])[0]
+        first, last = (np.searchsorted(self.high, high, side) for side in ("left", "right"))
+        return bool((self.low[first:last] == low).any())
 
 
 def leak_key(text: str) -> bytes:
@@ -49,16 +74,10 @@ def leak_key(text: str) -> bytes:
 
 def excluded(settings: ExcludeSettings) -> Excluded:
     """Read the queries, and where it is asked for the passages, of the folders. Raises `DataError`."""
-    keys: set[bytes] = set()
-    for folder in settings.folders:
-        keys |= _queries(folder, settings)
-        if settings.passages:
-            for line in read_lines(beir_files(folder).corpus, owner=""):
-                keys |= {leak_key(line.passage.full_text), leak_key(line.passage.text)}
-    return Excluded(frozenset(keys - {b""}))
+    return Excluded.of(text for folder in settings.folders for text in _texts(folder, settings))
 
 
-def _queries(folder: Path, settings: ExcludeSettings) -> set[bytes]:
+def _texts(folder: Path, settings: ExcludeSettings) -> Iterator[str]:
     files = beir_files(folder)
     judged = {row.query for split in settings.splits if split in files.qrels for row in read_judgements(files, split)}
     if not judged:
@@ -66,4 +85,7 @@ def _queries(folder: Path, settings: ExcludeSettings) -> set[bytes]:
             f"data.exclude: {folder} has no {' or '.join(settings.splits)} judgements, only {', '.join(files.qrels)}: "
             "set data.exclude.splits to what is measured on"
         )
-    return {leak_key(line.passage.text) for line in read_lines(files.queries, owner="") if line.passage.id in judged}
+    yield from (line.passage.text for line in read_lines(files.queries, owner="") if line.passage.id in judged)
+    if settings.passages:
+        for line in read_lines(files.corpus, owner=""):
+            yield from (line.passage.full_text, line.passage.text)

@@ -53,8 +53,9 @@ def add(
 
 def pairs_of(judged: Judged) -> Iterator[tuple[int, int]]:
     """(query, passage) of each judgement, in order."""
-    queries = np.repeat(judged.queries, np.diff(judged.starts))
-    yield from zip(queries.tolist(), judged.passages.tolist(), strict=True)
+    for number, query in enumerate(judged.queries):
+        for passage in judged.relevant(number):
+            yield int(query), int(passage)
 
 
 def leads_on(made: Lessons, kept: Judged) -> NDArray[np.bool_]:

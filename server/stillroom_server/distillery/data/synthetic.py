@@ -23,7 +23,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from stillroom_server.distillery.data import heuristics
-from stillroom_server.distillery.data.sampling import Lowest, mark
+from stillroom_server.distillery.data.sampling import mark
 from stillroom_server.distillery.data.settings import Maker, SyntheticSettings
 from stillroom_server.distillery.data.shards import Shards
 from stillroom_server.distillery.lessons import Lessons, batches
@@ -70,15 +70,12 @@ def chosen_passages(lessons: Lessons, limit: int | None, *, seed: int) -> NDArra
     rows = lessons.rows("passage")
     if limit is None or limit >= len(rows):
         return rows
-    lowest = Lowest(limit)
     marks = np.empty(len(rows), np.uint64)
     for start in range(0, len(rows), 4_096):
         texts = lessons.texts(rows[start : start + 4_096])
-        numbers = [mark(normalize(text), seed) for text in texts]
-        marks[start : start + len(numbers)] = numbers
-        for number in numbers:
-            lowest.offer(number)
-    return np.asarray(rows[np.fromiter((int(number) in lowest for number in marks), bool, len(rows))])
+        marks[start : start + len(texts)] = [mark(normalize(text), seed) for text in texts]
+    lowest = np.unique(marks)[:limit]
+    return np.asarray(rows[marks <= lowest[-1]])
 
 
 def made_queries(
@@ -95,7 +92,7 @@ def made_queries(
     Args:
         progress: (done, total) passages.
     """
-    digest = hashlib.sha256(rows.tobytes()).hexdigest()
+    digest = hashlib.sha256(np.ascontiguousarray(rows)).hexdigest()
     shards = Shards(folder / key_of(maker.identity, lessons.identity, digest, settings.shortest, settings.longest))
     done = 0
     for number, piece in enumerate(batches(rows, PIECE)):

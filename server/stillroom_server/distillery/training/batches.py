@@ -66,14 +66,11 @@ def like_lengths(lengths: NDArray[np.integer], batch_size: int, generator: np.ra
     """Batches in which every row of `lengths`, (n,), stands once; which share a batch, and their order, is random."""
     order = generator.permutation(len(lengths))
     pool = batch_size * _POOL
-    batches = [
-        chunk[start : start + batch_size].tolist()
-        for begin in range(0, len(order), pool)
-        for chunk in [order[begin : begin + pool][np.argsort(lengths[order[begin : begin + pool]], kind="stable")]]
-        for start in range(0, len(chunk), batch_size)
-    ]
-    for i in generator.permutation(len(batches)):
-        yield batches[i]
+    for begin in range(0, len(order), pool):
+        chunk = order[begin : begin + pool]
+        chunk[:] = chunk[np.argsort(lengths[chunk], kind="stable")]
+    for i in generator.permutation(-(-len(order) // batch_size)):
+        yield order[i * batch_size : (i + 1) * batch_size].tolist()
 
 
 class Reading:
