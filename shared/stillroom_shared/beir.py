@@ -27,12 +27,14 @@ import json
 import re
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal, NoReturn, cast
 
 from stillroom_shared.corpus import SPLITS, Corpus, Passage, Query, Split, split_of
 from stillroom_shared.errors import DataError
+from stillroom_shared.first_seen import FirstSeen
 
 Splits = Literal["three-way", "as-published"]
 
@@ -98,9 +100,9 @@ class Line:
     metadata: dict[str, str | int | float | bool]
 
 
-def read_lines(path: Path, *, owner: str) -> Iterator[Line]:
-    """The same one after the other, however long the file is."""
-    for record in _Reader(path.stat().st_size, lambda done, total: None).records(path):
+def read_lines(path: Path, *, owner: str, public: bool = False) -> Iterator[Line]:
+    """The same one after the other; what is `public` however long the file is, for its ids are on disk (`first_seen`)."""
+    for record in _Reader(path.stat().st_size, lambda done, total: None, public=public).records(path):
         yield Line(record.passage(owner), record.place.line, record.scalars)
 
 
@@ -254,9 +256,17 @@ class _Reader:
     total: int
     progress: Callable[[int, int], None]
     done: int = 0
+    public: bool = False
 
     def records(self, path: Path) -> Iterator[_Record]:
-        seen: dict[str, int] = {}
+        with FirstSeen() if self.public else nullcontext(dict[bytes, int]()) as seen:
+            record = None
+            for record in self._records(path, seen):
+                yield record
+        if record is None:
+            raise DataError(f"{path} holds no record: it must have one JSON object a line")
+
+    def _records(self, path: Path, seen: FirstSeen | dict[bytes, int]) -> Iterator[_Record]:
         for place, line in self._lines(path):
             try:
                 fields = json.loads(line)
@@ -265,11 +275,9 @@ class _Reader:
             if not isinstance(fields, dict):
                 place.refuse(None, f"must be a JSON object, not {_shown(fields)}")
             record = _Record(place, fields)
-            if (first := seen.setdefault(record.id, place.line)) != place.line:
+            if (first := seen.setdefault(record.id.encode(errors="surrogatepass"), place.line)) != place.line:
                 place.refuse("_id", f"{record.id!r} is already on line {first}; every _id must be unique")
             yield record
-        if not seen:
-            raise DataError(f"{path} holds no record: it must have one JSON object a line")
 
     def passages(self, path: Path, owner: str) -> Iterator[Passage]:
         for record in self.records(path):

@@ -33,9 +33,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from stillroom_server.distillery.numbering import Numbering
 from stillroom_server.distillery.teachers.base import Role
 from stillroom_shared.errors import DataError
+from stillroom_shared.first_seen import FirstSeen
 from stillroom_shared.sealed import new_folder
 
 ROLES: tuple[Role, ...] = ("query", "passage")
@@ -212,7 +212,7 @@ class LessonsWriter:
     def __enter__(self) -> Self:
         with ExitStack() as opened:
             self._partial = opened.enter_context(self._whole)
-            self._rows, self._once = (opened.enter_context(Numbering(self._partial / one)) for one in ("rows", "once"))
+            self._rows, self._once = opened.enter_context(FirstSeen()), opened.enter_context(FirstSeen())
             self._files = {
                 "texts": pa.ipc.new_file(str(self._partial / "texts.arrow"), _TEXTS),
                 "lists": pa.ipc.new_file(str(self._partial / "lists.arrow"), _lists_schema(self._candidates)),
@@ -255,7 +255,7 @@ class LessonsWriter:
         """The row of a text, which is written if it is new."""
         number = ROLES.index(role)
         key = hashlib.blake2b(text.encode(), digest_size=15).digest() + bytes([number])
-        row = self._rows.number(key)
+        row = self._rows.setdefault(key, self.counts["texts"])
         if row == self.counts["texts"]:
             self._put("texts", (text, number, source))
             self._digest.update(key)
@@ -280,8 +280,8 @@ class LessonsWriter:
             )
         if wrong := [row for row in (query, *passages) if not 0 <= row < self.counts["texts"]]:
             raise DataError(f"a list names row {wrong[0]} of {self.counts['texts']} texts: write the text first")
-        known = len(self._once)
-        if once and self._once.number(np.array([query, *passages], np.int64).tobytes()) < known:
+        key, number = np.array([query, *passages], np.int64).tobytes(), self.counts["lists"]
+        if once and self._once.setdefault(key, number) != number:
             return
         self._put("lists", (query, [*passages], [*grades], source))
         self._digest.update(json.dumps([query, [*passages], [*grades]]).encode())

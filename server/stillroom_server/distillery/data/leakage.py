@@ -85,7 +85,9 @@ def _texts(folder: Path, settings: ExcludeSettings) -> Iterator[str]:
             f"data.exclude: {folder} has no {' or '.join(settings.splits)} judgements, only {', '.join(files.qrels)}: "
             "set data.exclude.splits to what is measured on"
         )
-    yield from (line.passage.text for line in read_lines(files.queries, owner="") if line.passage.id in judged)
+    yield from (
+        line.passage.text for line in read_lines(files.queries, owner="", public=True) if line.passage.id in judged
+    )
     if settings.passages:
-        for line in read_lines(files.corpus, owner=""):
+        for line in read_lines(files.corpus, owner="", public=True):
             yield from (line.passage.full_text, line.passage.text)

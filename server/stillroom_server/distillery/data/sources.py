@@ -8,8 +8,8 @@
 | documentation | sections of shipped texts (`documentation`) | none | none |
 | wordnet | none | sets of synonyms with their definitions (`wordnet`) | none |
 
-Memory: queries of a BEIR folder and 16 bytes a text are held, passages are not. What is known about a source (licence,
-versions or revision, counts, a hash of its content) ends up in the release's manifest.
+Memory: of a BEIR folder the ids of queries that are learned from and of their passages are held, texts are not. What is known
+about a source (licence, versions or revision, counts, a hash of its content) ends up in the release's manifest.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def _beir(settings: SourceSettings, intake: Intake, seed: int, progress: Progres
     passages: dict[str, int | None] = {}
 
     def further() -> Iterator[str]:
-        for number, line in enumerate(read_lines(files.corpus, owner=""), start=1):
+        for number, line in enumerate(read_lines(files.corpus, owner="", public=True), start=1):
             progress(number, 0)
             if line.passage.id in needed:
                 passages[line.passage.id] = intake.passage(line.passage.full_text)
@@ -124,7 +124,7 @@ def _queries(
     """The row of each chosen query by id, None for one that stayed outside."""
     if not wanted:
         return {}
-    judged = (line.passage for line in read_lines(path, owner="") if line.passage.id in wanted)
+    judged = (line.passage for line in read_lines(path, owner="", public=True) if line.passage.id in wanted)
     limits = {"queries": settings.queries}
     chosen = sample(judged, limits, key=lambda query: ("queries", normalize(query.text)), seed=seed)
     rows = {query.id: intake.query(query.text) for query in chosen}
