@@ -67,7 +67,8 @@ class Judged:
     @classmethod
     def _grouped(cls, pairs: NDArray[np.int64], grades: NDArray[np.int8], sources: NDArray[np.uint16]) -> Judged:
         queries, starts = np.unique(pairs[:, 0], return_index=True)
-        return cls(queries, np.append(starts, len(pairs)).astype(np.int64), pairs[:, 1], grades, sources)
+        passages = np.ascontiguousarray(pairs[:, 1])  # a view would hold the pairs
+        return cls(queries, np.append(starts, len(pairs)).astype(np.int64), passages, grades, sources)
 
     def keep(self, mask: NDArray[np.bool_]) -> Judged:
         """Only some of the judgements, (judgements,)."""

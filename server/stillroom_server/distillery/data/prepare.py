@@ -9,8 +9,9 @@
     OUT                   the lessons, whole
 
 A run that was cut off goes on where it was; changed settings do again what depends on them. What lies in OUT.work is public
-text and may be deleted when OUT is there. Memory: some blocks of text and vectors, and less than a kilobyte
-a text (132 MB for 204,000 texts of 80 words; mapped files aside).
+text and may be deleted when OUT is there. Memory: some blocks of text and vectors, and numbers in arrays, some 110 bytes for a
+passage and its query while judgements are sorted; what was seen before is looked up on disk (`first_seen`). The exceptions are
+ids of judgements in a BEIR folder, and the source `docstrings`, whose corpus is read whole.
 
 | case | what happens |
 |---|---|
