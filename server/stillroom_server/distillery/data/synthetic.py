@@ -92,7 +92,7 @@ def made_queries(
     Args:
         progress: (done, total) passages.
     """
-    digest = hashlib.sha256(np.ascontiguousarray(rows)).hexdigest()
+    digest = hashlib.sha256(np.ascontiguousarray(rows).data).hexdigest()
     shards = Shards(folder / key_of(maker.identity, lessons.identity, digest, settings.shortest, settings.longest))
     done = 0
     for number, piece in enumerate(batches(rows, PIECE)):
