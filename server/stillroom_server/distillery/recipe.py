@@ -22,6 +22,7 @@ from stillroom_server.distillery.architecture.settings import ArchitectureSettin
 from stillroom_server.distillery.compress.quantize import CompressSettings
 from stillroom_server.distillery.data.settings import DataSettings, SourceSettings
 from stillroom_server.distillery.lessons import ROLES
+from stillroom_server.distillery.losses.needs import needs
 from stillroom_server.distillery.losses.settings import LossesSettings
 from stillroom_server.distillery.students.settings import PruningSettings, StudentSettings
 from stillroom_server.distillery.teachers.base import Role
@@ -110,6 +111,13 @@ class Recipe(Group):
     def scoring(self) -> tuple[str, ...]:
         """The teachers whose scores are learned."""
         return self.scorers or tuple(self.teachers)
+
+    @property
+    def token_teacher(self) -> str | None:
+        """The teacher whose token vectors are learned, if any are: a late-interaction one, else a bi-encoder."""
+        names = [*self.scoring, *([self.documents] if self.documents else []), self.origin]
+        kinds = [kind for kind in ("late-interaction", "bi-encoder") if "teacher_tokens" in needs(self.losses)]
+        return next((one for kind in kinds for one in names if self.teachers[one].kind == kind), None)
 
     @property
     def learns_scores(self) -> bool:

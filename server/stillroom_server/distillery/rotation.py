@@ -33,7 +33,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import MultiVectorEncoder, SentenceTransformer
 from sentence_transformers.base.modules import Dense, Normalize
 from torch import Tensor, nn
 
@@ -127,6 +127,25 @@ def rotated_model(model: SentenceTransformer, rotation: Rotation) -> SentenceTra
             len(turned) - 1,
             Dense(size, size, bias=False, activation_function=nn.Identity(), init_weight=weight.float()),
         )
+    return turned.to(model.device).eval()
+
+
+def rotated_tokens(model: MultiVectorEncoder, rotation: Rotation) -> MultiVectorEncoder:
+    """A late-interaction model whose token vectors are rotated where they are as long; shorter or longer ones are projected.
+
+    A token's vector lies to the rotated vector of a text as it lay to that vector before. MaxSim stays as it was.
+    """
+    size = len(rotation.directions)
+    if model.get_embedding_dimension() != size:
+        return model
+    turned = copy.deepcopy(model)
+    weight = torch.from_numpy(rotation.directions.T.copy()).float()
+    linear = nn.Identity()
+    turned.append(
+        Dense(
+            size, size, bias=False, activation_function=linear, init_weight=weight, module_input_name="token_embeddings"
+        )
+    )
     return turned.to(model.device).eval()
 
 

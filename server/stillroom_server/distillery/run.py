@@ -25,19 +25,17 @@ from stillroom_server.distillery.architecture.run import search_architecture
 from stillroom_server.distillery.arrays import open_array
 from stillroom_server.distillery.data.prepare import prepare_lessons
 from stillroom_server.distillery.exporting import DOCUMENTS, export_model
+from stillroom_server.distillery.faculty import Faculty
 from stillroom_server.distillery.lessons import Lessons
-from stillroom_server.distillery.recipe import TAUGHT, Recipe
-from stillroom_server.distillery.rotation import Rotation, document_tower, rotate_array, rotated_model
+from stillroom_server.distillery.recipe import Recipe
+from stillroom_server.distillery.rotation import Rotation, document_tower, rotate_array, rotated_model, rotated_tokens
 from stillroom_server.distillery.scores import ScoreCache, score_lessons
 from stillroom_server.distillery.stages import OUTPUTS, planned, stage_keys
 from stillroom_server.distillery.students.iterate import prune_iteratively
 from stillroom_server.distillery.students.make import make_student
 from stillroom_server.distillery.students.settings import StudentSettings
 from stillroom_server.distillery.students.size import size_of
-from stillroom_server.distillery.teachers.base import Teacher
-from stillroom_server.distillery.teachers.bi_encoder import BiEncoder
-from stillroom_server.distillery.teachers.opening import open_teacher, open_teachers
-from stillroom_server.distillery.teachers.settings import TeacherSettings
+from stillroom_server.distillery.teachers.opening import open_teachers
 from stillroom_server.distillery.teaching import teach
 from stillroom_server.distillery.training.bank import Bank
 from stillroom_server.distillery.training.curriculum import Curriculum
@@ -121,14 +119,16 @@ class Run:
         data = self.recipe.data
         data = data.model_copy(update={"seed": data.seed + self.recipe.seed})
         cache = VectorCache(self.cache)
-        prepare_lessons(data, self.out / "lessons", teacher=self._miner, cache=cache, progress=stage)
+        prepare_lessons(data, self.out / "lessons", teacher=self._faculty.miner, cache=cache, progress=stage)
 
     def _teach(self, stage: Stage) -> None:
         teach(self.lessons, self.recipe.teach, self.out / "taught", progress=stage)
 
     def _embed(self, stage: Stage) -> None:
         rows = self.lessons.rows_of(*self.recipe.embedded)
-        embed_lessons(self._embedder, self.lessons, VectorCache(self.cache), self.out / "vectors.npy", stage, rows=rows)
+        embed_lessons(
+            self._faculty.embedder, self.lessons, VectorCache(self.cache), self.out / "vectors.npy", stage, rows=rows
+        )
 
     def _rotate(self, stage: Stage) -> None:
         vectors = open_array(self.out / "vectors.npy")
@@ -136,13 +136,14 @@ class Run:
         rotation.save(self.out / "rotation.npz")
         rotate_array(rotation, vectors, self.out / "rotated.npy", lambda done, total: stage(total + done, 2 * total))
         shutil.rmtree(self.out / DOCUMENTS, ignore_errors=True)
-        tower = document_tower(self._embedder.model, self._embedder.settings, rotation)
+        embedder = self._faculty.embedder
+        tower = document_tower(embedder.model, embedder.settings, rotation)
         tower.save_pretrained(str(self.out / DOCUMENTS), create_model_card=False)
 
     def _score(self, stage: Stage) -> None:
         lessons = self.lessons
         together = open_teachers(
-            [self._settings_of(name) for name in self.recipe.scoring],
+            [self._faculty.settings_of(name) for name in self.recipe.scoring],
             passages=lambda: lessons.texts(lessons.rows("passage")),
             normalisation=self.recipe.normalisation,
             always=self.recipe.normalises_one,
@@ -179,7 +180,7 @@ class Run:
         described = {
             "recipe": self.recipe.model_dump(mode="json", exclude_defaults=True),
             "lessons": self.lessons.description,
-            "teachers": {name: self._teacher(name).identity for name in self.recipe.teachers},
+            "teachers": {name: self._faculty.teacher(name).identity for name in self.recipe.teachers},
             "size": asdict(size_of(student)),
             "files": files,
         }
@@ -205,9 +206,16 @@ class Run:
                 self._said("rotate", "rotated") if rotated else self._said("vectors", "vectors"),
                 self._said("scores", "scores"),
             ),
-            teacher=self._embedder.model if compared else None,
+            teacher=self._faculty.embedder.model if compared else None,
+            tokens=self._tokens,
             seed=recipe.seed,
         )
+
+    @property
+    def _tokens(self) -> MultiVectorEncoder | None:
+        """Whose token vectors are learned, if any are; turned as the vectors of `documents` are, to lie to them as before."""
+        tokens = self._faculty.tokens
+        return rotated_tokens(tokens, self._rotation) if tokens is not None and self.recipe.rotate else tokens
 
     def _said(self, stage: str, name: str) -> NDArray[Any] | None:
         """What that stage wrote; a file of a stage that is not asked for is another recipe's, of other lessons."""
@@ -222,7 +230,7 @@ class Run:
 
     def _cut_from(self, name: str) -> Any:
         """The model that a student begins from; that of `documents` in the space that its vectors are in."""
-        model = cast(Any, self._teacher(name)).model
+        model = self._faculty.model(name)
         turned = self.recipe.rotate and name == self.recipe.documents
         return rotated_model(model, self._rotation) if turned else model
 
@@ -266,32 +274,8 @@ class Run:
         return cast(Student, pruned)
 
     @cached_property
-    def _miner(self) -> Teacher | None:
-        """The teacher that finds hard negatives: one with vectors, else one that scores what words find."""
-        names = [self.recipe.documents, *self.recipe.teachers]
-        usable = [name for name in names if name and self.recipe.teachers[name].model != TAUGHT]
-        ordered = sorted(usable, key=lambda name: self.recipe.teachers[name].kind != "bi-encoder")
-        kinds = [self.recipe.teachers[name].kind for name in ordered]
-        return self._teacher(ordered[0]) if ordered and kinds[0] != "bm25" else None
-
-    def _settings_of(self, name: str) -> TeacherSettings:
-        settings = self.recipe.teachers[name]
-        return settings.model_copy(update={"model": str(self.out / "taught")}) if settings.model == TAUGHT else settings
-
-    def _teacher(self, name: str) -> Teacher:
-        if name not in self._opened:
-            settings, lessons = self._settings_of(name), self.lessons if (self.out / "lessons").exists() else None
-            passages = lessons.texts(lessons.rows("passage")) if settings.kind == "bm25" and lessons else None
-            self._opened[name] = open_teacher(settings, passages=passages)
-        return self._opened[name]
-
-    @property
-    def _embedder(self) -> BiEncoder:
-        return cast(BiEncoder, self._teacher(cast(str, self.recipe.documents)))
-
-    @cached_property
-    def _opened(self) -> dict[str, Teacher]:
-        return {}
+    def _faculty(self) -> Faculty:
+        return Faculty(self.recipe, self.out)
 
     @cached_property
     def _space(self) -> Workspace:

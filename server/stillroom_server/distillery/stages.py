@@ -69,6 +69,7 @@ def stage_keys(recipe: Recipe) -> dict[str, str]:
     # What decides how scores meet, and how fast they come, changes neither negatives nor vectors.
     apart = {"weight", "temperature", "batch_size", "device", "token_cache_mib"}
     minds = {one: {k: v for k, v in teachers[one].items() if k not in apart} for one in teachers}
+    tokens = [recipe.token_teacher] if recipe.token_teacher else []
     own: dict[str, Any] = {
         "lessons": [said["data"], said["seed"], recipe.documents, minds, _contents(recipe)],
         "teach": said["teach"],
@@ -76,7 +77,7 @@ def stage_keys(recipe: Recipe) -> dict[str, str]:
         "rotate": said["rotate"],
         "scores": [teachers, recipe.scoring, recipe.normalisation, recipe.normalises_one],
         "search": [said[part] for part in ("architecture", "student", "training", "seed")],
-        "train": [said[part] for part in ("student", "losses", "training", "pruning", "seed", "begins")],
+        "train": [*(said[part] for part in ("student", "losses", "training", "pruning", "seed", "begins")), *tokens],
         "export": said["compress"],
     }
     keys: dict[str, str] = {}

@@ -19,7 +19,8 @@ from stillroom_server.distillery.lessons import Lessons
 from stillroom_server.distillery.losses.settings import LossesSettings
 from stillroom_server.distillery.recipe import Recipe, load_recipe, manual, ready
 from stillroom_server.distillery.run import Run, load_student
-from stillroom_server.distillery.stages import STAGES, planned
+from stillroom_server.distillery.stages import STAGES, planned, stage_keys
+from stillroom_server.distillery.teachers.settings import TeacherSettings
 from stillroom_shared.errors import SettingsError
 from stillroom_shared.progress import Progress
 from stillroom_shared.settings_file import fields
@@ -274,3 +275,23 @@ def test_only_what_depends_on_the_rotation_is_made_again(tmp_path: Path, teacher
     assert back["vectors.npy"] == plain["vectors.npy"]
     assert not (out / "model" / "documents").exists()
     assert "rotat" not in (out / "model" / "distillation.json").read_text()
+
+
+def test_token_vectors_are_learned_in_the_rotated_space(tmp_path: Path, teacher: Path, data: Path) -> None:
+    """Guards against two losses that pull into two spaces, and against tokens of a teacher that is no longer named."""
+    text = ROTATED.replace("[losses.matryoshka]\ndims = [8]\n", "[losses.token_pooling]\nweight = 1.0\n")
+    chosen = recipe(text, teacher, data, tmp_path)
+    run = Run(chosen, tmp_path / "out", tmp_path / "cache")
+    finished(run)
+    curriculum, rows = run._curriculum, run.lessons.rows("query")
+    assert curriculum.tokens is not None and curriculum.bank.vectors is not None
+    pooled = np.array([one.numpy().mean(0) for one in curriculum.tokens.encode_query(run.lessons.texts(rows))])
+    targets = curriculum.bank.vectors[rows].astype(np.float32)
+    cosines = np.einsum("nd,nd->n", pooled, targets) / np.linalg.norm(pooled, axis=1)
+    assert cosines.mean() > 0.9, "pooled tokens lie where the vectors do"
+    late = chosen.model_copy(
+        update={"teachers": {**chosen.teachers, "late": TeacherSettings(kind="late-interaction", model=str(teacher))}}
+    )
+    assert (chosen.token_teacher, late.token_teacher) == ("minilm", "late")
+    only = late.model_copy(update={"scorers": ("minilm",)})
+    assert stage_keys(only)["train"] != stage_keys(late)["train"]

@@ -17,12 +17,13 @@ from tests.server.distillery.learners import DIM, WORDS, read, tower, unit
 from torch import nn
 
 from stillroom_server.distillery import rotation as module
-from stillroom_server.distillery.rotation import Rotation, document_tower, rotate_array, rotated_model
+from stillroom_server.distillery.rotation import Rotation, document_tower, rotate_array, rotated_model, rotated_tokens
 from stillroom_server.distillery.students.export import export_student
 from stillroom_server.distillery.students.make import make_student
 from stillroom_server.distillery.students.settings import StudentSettings
 from stillroom_server.distillery.students.towers import bert_of
 from stillroom_server.distillery.teachers.bi_encoder import BiEncoder
+from stillroom_server.distillery.teachers.late_interaction import token_model
 from stillroom_server.distillery.teachers.settings import TeacherSettings
 from stillroom_shared.errors import DataError
 
@@ -174,3 +175,17 @@ def test_a_student_begins_in_the_rotated_space_and_its_file_computes_it(
         states = session.run(None, {name: value for name, value in feed.items() if name in names})[0]
         pooled = states.mean(axis=1)
         np.testing.assert_allclose(pooled / np.linalg.norm(pooled), student.encode([text]), atol=1e-5)
+
+
+def test_token_vectors_turn_with_the_space(folder: Path) -> None:
+    """Guards against a student that learns vectors of a rotated space and token vectors of the space as it was."""
+    model, rotation = bare(folder), Rotation.of(narrow())
+    before, after = token_model(model), rotated_tokens(token_model(model), rotation)
+    for old, new in zip(before.encode(TEXTS), after.encode(TEXTS), strict=True):
+        np.testing.assert_allclose(new.numpy(), rotation(old.numpy()), atol=1e-5)
+    means = [one.numpy().mean(0) for one in before.encode_query(TEXTS)], model.encode(TEXTS)
+    turned = [one.numpy().mean(0) for one in after.encode_query(TEXTS)], rotated_model(model, rotation).encode(TEXTS)
+    lying, lie = (np.einsum("nd,nd->n", np.array(tokens), vectors) for tokens, vectors in (means, turned))
+    lengths = np.linalg.norm(means[1], axis=1)  # the rotated tower normalises
+    np.testing.assert_allclose(lie, lying / lengths, atol=1e-5)
+    assert rotated_tokens(before, Rotation.of(unit(20, 8))) is before, "a projection is learned where lengths differ"

@@ -16,17 +16,20 @@ import numpy as np
 import pytest
 import torch
 from sentence_transformers import CrossEncoder, MultiVectorEncoder, SentenceTransformer
-from tests.server.distillery.learners import CANDIDATES, late, lessons, reranker, tower, unit
+from tests.references import distillation as slow
+from tests.server.distillery.learners import CANDIDATES, DIM, late, lessons, reranker, tower, unit
 from torch import Tensor, nn
 
 from stillroom_server.distillery.lessons import Lessons, LessonsWriter
 from stillroom_server.distillery.losses.settings import LossesSettings, Weighted
 from stillroom_server.distillery.losses.signals import Signals
 from stillroom_server.distillery.students.towers import bert_of
+from stillroom_server.distillery.students.vocabulary import trim_vocabulary
 from stillroom_server.distillery.teachers.base import Role
 from stillroom_server.distillery.training.bank import Bank
 from stillroom_server.distillery.training.batches import LENGTH, LikeLengths, Reading, list_set, text_set
 from stillroom_server.distillery.training.curriculum import Curriculum
+from stillroom_server.distillery.training.fitting import Given, fitted
 from stillroom_server.distillery.training.objectives import (
     Clock,
     LateObjective,
@@ -36,6 +39,7 @@ from stillroom_server.distillery.training.objectives import (
 )
 from stillroom_server.distillery.training.reading import embedded_roles
 from stillroom_server.distillery.training.settings import TrainingSettings
+from stillroom_server.distillery.training.teacher_tokens import TeacherTokens
 from stillroom_server.distillery.training.watching import watched
 from stillroom_shared.errors import DataError, SettingsError
 
@@ -179,6 +183,80 @@ def test_what_is_embedded_is_what_is_read(folder: Path, bank: Bank, tmp_path: Pa
     if "passage" in embedded:
         with pytest.raises(DataError, match="was not embedded"):
             learn(("query",))
+
+
+@pytest.mark.parametrize("pooling", ["mean", "attended"])
+def test_token_vectors_of_the_teacher_reach_the_student(folder: Path, bank: Bank, pooling: Any) -> None:
+    """Guards against a loss of tokens that a recipe takes and that never moves a weight, or follows another text's tokens."""
+    losses = LossesSettings.model_validate({"token_pooling": {"weight": 1, "pooling": pooling, "temperature": 0.3}})
+    student, teacher, numbers = tower(folder), late(folder), np.array([2, 9])
+    with torch.no_grad():
+        for parameter in bert_of(student).parameters():
+            parameter.mul_(1.3)
+    given = Given(dimension=DIM, candidates=CANDIDATES, tokens=teacher)
+    composition, texts = fitted(losses, QUICK, student, given)
+    assert ("teacher_passage_tokens" in composition.needs - texts) == (pooling == "attended")
+    objective = ListObjective(student, composition, bank, Clock(), None, TeacherTokens(teacher))
+    asked = bank.lessons.texts(bank.lessons.queries[numbers])
+    loss = objective([tokens(student, asked)], torch.from_numpy(numbers))
+    first = bank.lessons.texts(bank.lessons.passages[numbers, 0])
+    left = [one.float().tolist() for one in teacher.encode(asked)]
+    right = [one.float().tolist() for one in teacher.encode(first)]
+    targets = [
+        slow.pooled(e, [1] * len(e), f if pooling == "attended" else None, [1] * len(f), 0.3)
+        for e, f in zip(left, right, strict=True)
+    ]
+    assert float(loss.detach()) == pytest.approx(slow.cosine(student.encode(asked).tolist(), targets), abs=1e-5)
+    loss.backward()
+    steps = {name: one.grad for name, one in bert_of(student).named_parameters() if one.grad is not None}
+    name = "encoder.layer.1.output.dense.weight"
+    assert float(steps[name].abs().max()) > 1e-4 and all(one.grad is None for one in teacher.parameters())
+    place, weight, sides = (3, 5), bert_of(student).get_parameter(name), list[float]()
+    for step in (1e-3, -2e-3):
+        with torch.no_grad():
+            weight[place] += step
+        sides.append(slow.cosine(student.encode(asked).tolist(), targets))
+    assert float(steps[name][place]) == pytest.approx((sides[0] - sides[1]) / 2e-3, rel=0.05, abs=1e-4)
+
+
+def test_late_students_follow_their_teachers_tokens(folder: Path, bank: Bank, tmp_path: Path) -> None:
+    """Guards against tokens that are aligned to those of another place, and against ids of another vocabulary."""
+    losses = LossesSettings.model_validate({"token_alignment": {"weight": 1}})
+    student, teacher = late(folder), late(folder)
+    with torch.no_grad():
+        for parameter in bert_of(student).parameters():
+            parameter.mul_(1.3)
+    kept, numbers = Kept(), np.array([4, 7])
+    columns = [bank.lessons.texts(bank.lessons.queries[numbers])]
+    columns += [bank.lessons.texts(rows) for rows in bank.lessons.passages[numbers].T]
+    features = [dict(student.preprocess(column)) for column in columns]
+    LateObjective(student, kept, bank, Clock(), TeacherTokens(teacher))(features, torch.from_numpy(numbers))  # type: ignore[arg-type]
+    expected = teacher.encode(columns[0])
+    assert kept.last.teacher_tokens is not None and kept.last.student_tokens is not None
+    assert kept.last.teacher_tokens.shape == kept.last.student_tokens.shape
+    for row, vectors in zip(kept.last.teacher_tokens, expected, strict=True):
+        torch.testing.assert_close(row[: len(vectors)], vectors.float(), atol=1e-5, rtol=0)
+    one = Curriculum(losses=losses, training=QUICK, bank=Bank(bank.lessons), tokens=teacher)
+    before = weights(student)
+    one.learn(student, tmp_path)
+    assert any(not torch.equal(before[name], value) for name, value in weights(student).items())
+    with pytest.raises(SettingsError, match="token_alignment needs teacher_tokens"):
+        Curriculum(losses=losses, training=QUICK, bank=Bank(bank.lessons)).learn(student, tmp_path)
+
+
+@pytest.mark.parametrize("loss", ["hidden_states", "attention_maps", "token_pooling"])
+def test_a_teacher_does_not_read_the_ids_of_a_smaller_vocabulary(
+    folder: Path, bank: Bank, tmp_path: Path, loss: str
+) -> None:
+    """Guards against layers that follow those of other words: ids are renumbered, and training runs without a complaint."""
+    losses = LossesSettings.model_validate({loss: {"weight": 1}})
+    student = trim_vocabulary(tower(folder), bank.lessons.texts(np.arange(len(bank.lessons))), size=90).student
+    words = "tapir eats leaves"
+    assert student.tokenizer(words)["input_ids"] != tower(folder).tokenizer(words)["input_ids"], "the guard"
+    beside = {"tokens": late(folder)} if loss == "token_pooling" else {"teacher": tower(folder)}
+    curriculum = Curriculum(losses=losses, training=QUICK, bank=bank, **beside)
+    with pytest.raises(SettingsError, match=r"vocabularies differ: leave student\.vocabulary out"):
+        curriculum.learn(student, tmp_path)
 
 
 def test_both_towers_learn_from_lists_when_they_shall(folder: Path, bank: Bank) -> None:
@@ -326,6 +404,7 @@ from tests.server.distillery.learners import lessons, tower, unit
 from stillroom_server.distillery.lessons import Lessons
 from stillroom_server.distillery.losses.settings import LossesSettings
 from stillroom_server.distillery.students.towers import bert_of
+from stillroom_server.distillery.students.vocabulary import trim_vocabulary
 from stillroom_server.distillery.training.bank import Bank
 from stillroom_server.distillery.training.curriculum import Curriculum
 from stillroom_server.distillery.training.settings import TrainingSettings

@@ -23,7 +23,7 @@ _SPACE = "a tower as student: one that gives a vector for each text"
 _CANDIDATES = "lessons with lists of candidate passages"
 _HIDDEN = "a transformer as student, which is asked for its hidden states"
 _ATTENTION = "a transformer as student with attention implementation `eager`, which is asked for its attention maps"
-_LATE = "a late-interaction teacher"
+_LATE = "a teacher with token vectors: late-interaction, or a bi-encoder"
 _REMEDIES = {
     "student_queries": _SPACE,
     "student_passages": f"{_CANDIDATES}, and {_SPACE}",

@@ -23,7 +23,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sentence_transformers import CrossEncoder, SentenceTransformer
+from sentence_transformers import CrossEncoder, MultiVectorEncoder, SentenceTransformer
 from sentence_transformers.multi_vector_encoder.scoring.colbert import colbert_kd_scores
 from sentence_transformers.util import batch_to_device
 from torch import Tensor, nn
@@ -32,6 +32,7 @@ from torch.nn import functional
 from stillroom_server.distillery.losses.composition import Composition
 from stillroom_server.distillery.losses.signals import Signals
 from stillroom_server.distillery.training.bank import Bank
+from stillroom_server.distillery.training.teacher_tokens import TeacherTokens
 from stillroom_server.distillery.training.watching import Watched, watched
 
 Features = Mapping[str, Any]
@@ -81,6 +82,12 @@ class _Objective(nn.Module):
         """Whether a loss reads it: only what is read has been embedded."""
         return signal in self.composition.needs
 
+    def _answers(self, tokens: TeacherTokens | None, numbers: NDArray[np.int64]) -> dict[str, Tensor]:
+        """The teacher's token vectors of each list's first passage, where a loss reads them."""
+        if tokens is None or not self._reads("teacher_passage_tokens"):
+            return {}
+        return tokens.of_passages(self._bank.lessons.texts(self._bank.lessons.passages[numbers, 0]))
+
     def _scores(self, numbers: NDArray[np.int64]) -> Tensor | None:
         scores = self._bank.scores
         return None if scores is None else torch.from_numpy(np.array(scores[numbers]))
@@ -94,6 +101,7 @@ class TextObjective(_Objective):
 
     Args:
         teacher: its model, run on the same tokens, where a loss compares hidden states or attentions; else None.
+        tokens: whose token vectors a loss reads; else None.
     """
 
     def __init__(
@@ -103,10 +111,12 @@ class TextObjective(_Objective):
         bank: Bank,
         clock: Clock,
         teacher: SentenceTransformer | None = None,
+        tokens: TeacherTokens | None = None,
     ) -> None:
         super().__init__(model, composition, bank, clock)
         # In a list: a teacher must neither be trained, moved nor saved with the student.
         self._teacher = [] if teacher is None else [teacher]
+        self._tokens = tokens
 
     def forward(self, sentence_features: Sequence[Features], labels: Tensor) -> Tensor:
         """Loss of a batch whose labels are rows of texts."""
@@ -127,6 +137,8 @@ class TextObjective(_Objective):
             with torch.no_grad(), watched(self._teacher[0], on=True) as teacher:
                 self._teacher[0](dict(features))
             found |= _states("teacher", cast(Watched, teacher))
+        if self._tokens is not None:
+            found |= self._tokens.of_queries(features)
         return found
 
 
@@ -143,6 +155,7 @@ class ListObjective(TextObjective):
         queries = self._queries(sentence_features[0], self._bank.lessons.queries[numbers])
         ranked = self._over_corpus if self._corpus else self._over_list
         found: dict[str, Any] = {**queries, **ranked(queries, numbers, sentence_features[1:])}
+        found |= self._answers(self._tokens, numbers)
         return self._loss(Signals(**found))
 
     def _over_list(
@@ -181,15 +194,29 @@ class ListObjective(TextObjective):
 
 
 class LateObjective(_Objective):
-    """Of a late-interaction student, over lists whose passages it reads."""
+    """Of a late-interaction student, over lists whose passages it reads; `teacher`'s token vectors where a loss reads them."""
+
+    def __init__(
+        self,
+        model: MultiVectorEncoder,
+        composition: Composition,
+        bank: Bank,
+        clock: Clock,
+        teacher: TeacherTokens | None = None,
+    ) -> None:
+        super().__init__(model, composition, bank, clock)
+        self._teacher = teacher
 
     def forward(self, sentence_features: Sequence[Features], labels: Tensor) -> Tensor:
         """Loss of a batch whose labels are numbers of lists."""
         numbers = _numbers(labels)
         tokens, masks = zip(*(self._tokens(one) for one in sentence_features), strict=True)
         scores = colbert_kd_scores(tokens[0], _padded(tokens[1:]), masks[0], _padded(masks[1:]))  # (batch, k)
+        taught: dict[str, Any] = {} if self._teacher is None else self._teacher.of_queries(sentence_features[0])
+        taught |= self._answers(self._teacher, numbers)
         return self._loss(
             Signals(
+                **taught,
                 student_tokens=tokens[0],
                 mask=masks[0],
                 student_scores=scores,

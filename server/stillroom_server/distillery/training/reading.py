@@ -21,6 +21,7 @@ from stillroom_server.distillery.training.settings import TrainingSettings
 
 OF_TEXTS = frozenset(
     {"student_queries", "teacher_queries", "mask"}
+    | {"teacher_tokens", "teacher_mask"}
     | {f"{who}_{what}" for who in ("student", "teacher") for what in ("states", "attentions")}
 )
 """Signals that a text alone has: what needs others is learned from lists."""
