@@ -24,6 +24,7 @@ from sentence_transformers import CrossEncoder, MultiVectorEncoder, SentenceTran
 from stillroom_server.distillery.architecture.run import search_architecture
 from stillroom_server.distillery.arrays import open_array
 from stillroom_server.distillery.data.prepare import prepare_lessons
+from stillroom_server.distillery.early import refuse_early
 from stillroom_server.distillery.exporting import DOCUMENTS, export_model
 from stillroom_server.distillery.faculty import Faculty
 from stillroom_server.distillery.lessons import Lessons
@@ -71,6 +72,7 @@ class Run:
 
         Raises:
             KeyboardInterrupt: it was interrupted, and goes on when it is called again.
+            SettingsError: the student could not be trained in the end (`early.py`); nothing is written.
             StillroomError: a stage cannot do its work, with the remedy.
         """
         works: dict[str, Callable[[Stage], None]] = {
@@ -83,6 +85,7 @@ class Run:
             "train": self._train,
             "export": self._export,
         }
+        refuse_early(self.recipe)
         for name in planned(self.recipe):
             with progress.stage(name) as stage:
                 skipped = self._stage(name, lambda stage=stage, name=name: works[name](stage))  # type: ignore[misc]

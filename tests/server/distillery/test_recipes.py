@@ -15,6 +15,7 @@ from sentence_transformers import CrossEncoder, SentenceTransformer
 from tests.server.distillery.learners import WORDS
 from transformers import BertModel, PreTrainedTokenizerFast
 
+from stillroom_server.distillery.early import refuse_early
 from stillroom_server.distillery.lessons import Lessons
 from stillroom_server.distillery.losses.settings import LossesSettings
 from stillroom_server.distillery.recipe import Recipe, load_recipe, manual, ready
@@ -22,7 +23,7 @@ from stillroom_server.distillery.run import Run, load_student
 from stillroom_server.distillery.stages import STAGES, planned, stage_keys
 from stillroom_server.distillery.teachers.settings import TeacherSettings
 from stillroom_shared.errors import SettingsError
-from stillroom_shared.progress import Progress
+from stillroom_shared.progress import Progress, Stage
 from stillroom_shared.settings_file import fields
 
 NAMED = {
@@ -218,8 +219,10 @@ def test_what_another_recipe_left_in_the_folder_is_not_learned_from(tmp_path: Pa
     """Guards against vectors and scores of other lessons, in the place of signals that this recipe lacks."""
     finished(Run(recipe(ALIGNED, teacher, data, tmp_path), tmp_path / "out", tmp_path / "cache"))
     own = ALIGNED.replace("documents = 'minilm'", "training.towers = 'both'")
+    run = Run(recipe(own, teacher, data, tmp_path), tmp_path / "out", tmp_path / "cache")
+    assert run._curriculum.bank.vectors is None and run._curriculum.bank.scores is None
     with pytest.raises(SettingsError, match="cosine needs teacher_queries"):
-        finished(Run(recipe(own, teacher, data, tmp_path), tmp_path / "out", tmp_path / "cache"))
+        run._train(Stage(lambda fraction: None))
 
 
 ROTATED = (
@@ -295,3 +298,83 @@ def test_token_vectors_are_learned_in_the_rotated_space(tmp_path: Path, teacher:
     assert (chosen.token_teacher, late.token_teacher) == ("minilm", "late")
     only = late.model_copy(update={"scorers": ("minilm",)})
     assert stage_keys(only)["train"] != stage_keys(late)["train"]
+
+
+LISTED = "documents = 'minilm'\n[losses.listwise_kl]\nweight = 1.0\n"
+LAYERED = "documents = 'minilm'\n[losses.hidden_states]\nweight = 1.0\n"
+TOKENS = "documents = 'minilm'\n[losses.token_pooling]\nweight = 1.0\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (ALIGNED + "[losses.matryoshka]\ndims = [8, 32]\n", "give lengths below 32"),
+        (ALIGNED.replace("documents = 'minilm'", "training.towers = 'both'"), "cosine needs teacher_queries"),
+        ("[losses.cosine]\nweight = 1.0\n[training]\ntowers = 'query'\n", "cosine needs teacher_queries"),
+        (LISTED + "[data.negatives]\ncount = 0\n", "listwise_kl compares candidates, and lists have 1"),
+        (LISTED.replace("documents = 'minilm'\n", ""), "passages need vectors that stay"),
+        (LISTED + "[training]\ntowers = 'both'\nranked = 'corpus'\n", "set training.towers to query"),
+        (LAYERED.replace("documents = 'minilm'\n", ""), "with a bi-encoder's: name it as `documents`"),
+        (LAYERED + "layer_map = [0, 9]\n", "hidden_states.layer_map"),
+        (LAYERED + "[student]\nkind = 'static'\n", "the student has none"),
+        (LAYERED + "[student]\nvocabulary = 20\n", "their vocabularies differ"),
+        (TOKENS + "[student]\nvocabulary = 20\n", "their vocabularies differ"),
+        (TOKENS.replace("token_pooling", "token_alignment"), "token_alignment needs student_tokens"),
+        (
+            "begins = 'cross'\nscorers = ['cross']\n[teachers.cross]\nkind = 'cross-encoder'\nmodel = 'taught'\n"
+            "[student]\nkind = 'late-interaction'\n[losses.token_alignment]\nweight = 1.0\n",
+            "needs teacher_tokens, which this recipe does not provide",
+        ),
+        (
+            "begins = 'late'\n[teachers.late]\nkind = 'late-interaction'\n" + ALIGNED,
+            "begins from a bi-encoder, and 'late'",
+        ),
+        (ALIGNED + "[pruning]\nheads = 0.5\ncriterion = 'taylor'\n", ""),
+        (
+            "[student]\nkind = 'reranker'\n[losses.margin_mse]\nweight = 1.0\n"
+            "[pruning]\nheads = 0.5\ncriterion = 'taylor'\n",
+            "taylor, which needs a teacher's vectors",
+        ),
+        (ALIGNED + "[student]\nkind = 'static'\n[pruning]\nneurons = 0.5\n", "a static student has none"),
+        (ALIGNED + "[student]\nkind = 'static'\n[training]\nquantized = true\n", "a static student has none"),
+    ],
+)
+def test_what_would_fail_when_the_student_is_trained_is_refused_first(
+    tmp_path: Path, teacher: Path, data: Path, text: str, words: str
+) -> None:
+    """Guards against hours of teachers' work for a student that cannot learn; a case without words is one that can."""
+    if text.startswith("begins = 'late'"):
+        text = "documents = 'minilm'\n" + text.replace("documents = 'minilm'\n", "")
+    run = Run(recipe(text, teacher, data, tmp_path), tmp_path / "out", tmp_path / "cache")
+    if not words:
+        refuse_early(run.recipe)
+        return
+    with pytest.raises(SettingsError, match=words):
+        finished(run)
+    assert not run.out.exists() and not run.cache.exists()
+
+
+@pytest.mark.parametrize("changed", ["roberta", "shallow", "wide"])
+def test_files_of_a_teacher_say_what_it_is_without_its_weights(
+    tmp_path: Path, teacher: Path, data: Path, changed: str
+) -> None:
+    """Guards against sizes that are taken from somewhere else, and a check that has to load what it checks."""
+    own = shutil.copytree(teacher, tmp_path / "own")
+    (own / "model.safetensors").unlink()
+    chosen = recipe(LAYERED + "[losses.matryoshka]\ndims = [8]\n[losses.cosine]\nweight = 1.0\n", own, data, tmp_path)
+    refuse_early(chosen)
+    config = json.loads((own / "config.json").read_text())
+    changes, words = {
+        "roberta": ({"model_type": "roberta"}, "'minilm' is a roberta: students are made of BERT towers only"),
+        "shallow": ({"num_hidden_layers": 0}, "student.layers"),
+        "wide": ({"hidden_size": 8}, "give lengths below 8"),
+    }[changed]
+    (own / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(SettingsError, match=words):
+        refuse_early(chosen)
+
+
+@pytest.mark.parametrize("name", sorted(NAMED))
+def test_no_ready_recipe_is_refused(name: str) -> None:
+    """Guards against a check that is stricter than training."""
+    refuse_early(load_recipe(name, {}))

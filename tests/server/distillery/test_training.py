@@ -29,7 +29,7 @@ from stillroom_server.distillery.teachers.base import Role
 from stillroom_server.distillery.training.bank import Bank
 from stillroom_server.distillery.training.batches import LENGTH, LikeLengths, Reading, list_set, text_set
 from stillroom_server.distillery.training.curriculum import Curriculum
-from stillroom_server.distillery.training.fitting import Given, fitted
+from stillroom_server.distillery.training.fitting import Given, fitted, shape_of
 from stillroom_server.distillery.training.objectives import (
     Clock,
     LateObjective,
@@ -193,8 +193,8 @@ def test_token_vectors_of_the_teacher_reach_the_student(folder: Path, bank: Bank
     with torch.no_grad():
         for parameter in bert_of(student).parameters():
             parameter.mul_(1.3)
-    given = Given(dimension=DIM, candidates=CANDIDATES, tokens=teacher)
-    composition, texts = fitted(losses, QUICK, student, given)
+    given = Given(dimension=DIM, candidates=CANDIDATES, tokens=shape_of(teacher))
+    composition, texts = fitted(losses, QUICK, shape_of(student), given)
     assert ("teacher_passage_tokens" in composition.needs - texts) == (pooling == "attended")
     objective = ListObjective(student, composition, bank, Clock(), None, TeacherTokens(teacher))
     asked = bank.lessons.texts(bank.lessons.queries[numbers])

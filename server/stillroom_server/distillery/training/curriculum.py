@@ -26,7 +26,7 @@ from stillroom_server.distillery.losses.settings import LossesSettings
 from stillroom_server.distillery.students.towers import bert_of
 from stillroom_server.distillery.training.bank import Bank
 from stillroom_server.distillery.training.batches import Unit, list_set, text_set
-from stillroom_server.distillery.training.fitting import Given, fitted, reads_tokens
+from stillroom_server.distillery.training.fitting import Given, fitted, reads_tokens, shape_of
 from stillroom_server.distillery.training.objectives import (
     Clock,
     LateObjective,
@@ -69,7 +69,7 @@ class Curriculum:
         Raises:
             SettingsError: a loss needs what the recipe does not provide.
         """
-        composition, texts = fitted(self.losses, self.training, student, self._given, seed=self.seed)
+        composition, texts = fitted(self.losses, self.training, shape_of(student), self._given, seed=self.seed)
         sets = self._sets(student, composition, texts, clock := Clock())
         reads = not isinstance(student, SentenceTransformer) or self.training.towers == "both"
         settings = self.training.model_copy(update={"seed": self.training.seed + self.seed})
@@ -95,31 +95,37 @@ class Curriculum:
             dimension=self.bank.dimension,
             scores=self.bank.scores is not None,
             candidates=lessons.candidates if lessons.lists else None,
-            layers=self.teacher if self.losses.compares_layers else None,
-            tokens=self.tokens if reads_tokens(self.losses) else None,
+            layers=None if self._layers is None else shape_of(self._layers),
+            tokens=shape_of(self.tokens) if self.tokens is not None and reads_tokens(self.losses) else None,
         )
 
     @property
     def _layers(self) -> SentenceTransformer | None:
-        layers = self._given.layers
-        if layers is not None:
-            # Fused attention, which models are loaded with, gives no maps.
-            bert_of(layers).set_attn_implementation("eager")
-        return layers
+        """The teacher whose layers are seen, where a loss compares them."""
+        return self.teacher if self.losses.compares_layers else None
+
+    @property
+    def _seen(self) -> TeacherTokens | None:
+        """The same of its tokens."""
+        return TeacherTokens(self.tokens) if self.tokens is not None and reads_tokens(self.losses) else None
 
     def _sets(
         self, student: Student, composition: Composition, texts: frozenset[str], clock: Clock
     ) -> Mapping[str, Set]:
         lessons = self.bank.lessons
         numbers = np.arange(lessons.lists)
-        seen = None if self._given.tokens is None else TeacherTokens(self._given.tokens)
+        layers, seen = self._layers, self._seen
+        if layers is not None:
+            # Fused attention, which models are loaded with, gives no maps.
+            bert_of(layers).set_attn_implementation("eager")
         if isinstance(student, MultiVectorEncoder):
             late = LateObjective(student, composition, self.bank, clock, seen)
             return {"lists": ("list", list_set(lessons, numbers, whole=True), late)}
         if isinstance(student, CrossEncoder):
             objective = RerankObjective(student, composition, self.bank, clock)
             return {"lists": ("list", list_set(lessons, numbers, whole=True), objective)}
-        both, beside = self.training.towers == "both", (self.bank, clock, self._layers, seen)
+        assert isinstance(student, SentenceTransformer)
+        both, beside = self.training.towers == "both", (self.bank, clock, layers, seen)
         sets: dict[str, Set] = {}
         if alone := composition.restricted(set(texts)):
             rows = np.arange(len(lessons)) if both else lessons.rows("query")
