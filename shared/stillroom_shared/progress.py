@@ -1,7 +1,13 @@
 """Progress of a run in stages: a bar and an estimate of what is left, or one line a stage where nobody watches.
 
-The estimate scales a plan in seconds (measured once, on any machine) by how the stages behind it went on this one;
-inside a stage it follows the stage's own pace. A stage that was answered from a cache says nothing about pace.
+The estimate scales a plan in seconds (measured once, on any machine) by how the stages behind it went on this one; inside a
+stage the rate since its first report takes the guess's place: what an interrupted run had done before is no speed of this one.
+
+| case | what happens |
+|---|---|
+| a stage that was answered from a cache | says nothing about pace |
+| how much a stage has to do is not known yet (None in the plan) | no estimate until `expect` says it, or the stage is done |
+| a stage begins anew (training after a step of pruning) | its rate is measured anew |
 """
 
 from __future__ import annotations
@@ -24,7 +30,7 @@ if TYPE_CHECKING:
 class Forecast:
     """What is left of a plan.
 
-    plan: seconds of each stage, in order, on some machine.
+    plan: seconds of each stage, in order, on some machine; None is not known.
 
     >>> forecast = Forecast({"corpus": 10.0, "distil": 60.0, "rounds": 30.0})
     >>> forecast.left("distil", elapsed=0.0, fraction=0.0, pace=forecast.pace({"corpus": 25.0}))
@@ -33,22 +39,38 @@ class Forecast:
     60.0
     """
 
-    plan: Mapping[str, float]
+    plan: Mapping[str, float | None]
 
     def pace(self, finished: Mapping[str, float]) -> float:
         """Seconds taken for each second planned: 1 at first, then what the stages that did work say."""
+        known = {name: seconds for name, seconds in self.plan.items() if seconds is not None}
         # As if a fifth of the plan had gone as planned: a first stage of some seconds must not decide about an hour.
-        assumed = sum(self.plan.values()) / 5
-        return (sum(finished.values()) + assumed) / (sum(self.plan[name] for name in finished) + assumed)
+        assumed = sum(known.values()) / 5
+        behind = [name for name in finished if name in known]
+        if not assumed:
+            return 1.0
+        return (sum(finished[name] for name in behind) + assumed) / (sum(known[name] for name in behind) + assumed)
 
-    def left(self, stage: str, *, elapsed: float, fraction: float, pace: float) -> float:
-        """Seconds until the last stage is done, from inside `stage`, of which `fraction` (0 to 1) is done."""
-        # Early on, a stage's own pace is mostly noise: trust it as far as the stage has come.
-        planned = max(self.plan[stage] * pace * (1 - fraction), 0.0)
-        observed = elapsed * (1 - fraction) / fraction if fraction else planned
+    def left(
+        self, stage: str, *, elapsed: float, fraction: float, pace: float, begun: tuple[float, float] = (0.0, 0.0)
+    ) -> float | None:
+        """Seconds until the last stage is done, from inside `stage`, of which `fraction` (0 to 1) is done.
+
+        Args:
+            begun: (seconds, fraction) of the first report, from which on the stage's rate is measured.
+
+        Returns:
+            None where how long a stage takes is not known.
+        """
         names = list(self.plan)
-        later = names[names.index(stage) + 1 :]
-        return fraction * observed + (1 - fraction) * planned + pace * sum(self.plan[name] for name in later)
+        later = [self.plan[name] for name in names[names.index(stage) + 1 :]]
+        planned, done = self.plan[stage], fraction - begun[1]
+        if done > 0:
+            own: float | None = (elapsed - begun[0]) * (1 - fraction) / done
+        else:
+            own = 0.0 if fraction >= 1 else None if planned is None else planned * pace * (1 - fraction)
+        known = [seconds for seconds in later if seconds is not None]
+        return None if own is None or len(known) < len(later) else own + pace * sum(known)
 
 
 class Stage:
@@ -84,13 +106,18 @@ class Progress:
     """
 
     def __init__(
-        self, plan: Mapping[str, float], *, console: Console, clock: Callable[[], float] = time.monotonic
+        self, plan: Mapping[str, float | None], *, console: Console, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self.seconds: dict[str, float] = {}
         self._forecast = Forecast(plan)
         self._worked: dict[str, float] = {}
         self._console = console
         self._clock = clock
+
+    def expect(self, seconds: Mapping[str, float | None]) -> None:
+        """Better guesses for stages of the plan that are still to come, once it is known how much they have to do."""
+        fresh = {name: guess for name, guess in seconds.items() if name in self._forecast.plan}
+        self._forecast = Forecast({**self._forecast.plan, **fresh})
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Stage]:
@@ -110,7 +137,7 @@ class Progress:
         parts = [
             f"{name:12} {span(self.seconds[name]):>8}",
             stage.remark,
-            f"about {span(left)} left" if left >= 1 else "",
+            f"about {span(left)} left" if left is not None and left >= 1 else "",
         ]
         self._console.print("   ".join(part for part in parts if part), markup=False, soft_wrap=True)
 
@@ -126,14 +153,24 @@ class Progress:
         columns = TextColumn(f"{name:12}"), TimeElapsedColumn(), BarColumn(), TextColumn("{task.fields[left]}")
         with Bars(*columns, console=self._console, transient=True, refresh_per_second=4) as bars:
             task = bars.add_task(name, total=None, left=self._left(name, started, pace, 0.0))
-            yield lambda fraction: self._advance(bars, task, name, started, pace, fraction)
+            begun = [(0.0, 1.0)]  # of the first report, set when there is one
 
-    def _advance(self, bars: Bars, task: TaskID, name: str, started: float, pace: float, fraction: float) -> None:
-        bars.update(task, total=1.0, completed=fraction, left=self._left(name, started, pace, fraction))
+            def show(fraction: float) -> None:
+                if fraction < begun[0][1]:
+                    begun[0] = self._clock() - started, fraction
+                self._advance(bars, task, fraction, self._left(name, started, pace, fraction, begun[0]))
 
-    def _left(self, name: str, started: float, pace: float, fraction: float) -> str:
+            yield show
+
+    def _advance(self, bars: Bars, task: TaskID, fraction: float, left: str) -> None:
+        bars.update(task, total=1.0, completed=fraction, left=left)
+
+    def _left(
+        self, name: str, started: float, pace: float, fraction: float, begun: tuple[float, float] = (0.0, 0.0)
+    ) -> str:
         elapsed = self._clock() - started
-        return f"about {span(self._forecast.left(name, elapsed=elapsed, fraction=fraction, pace=pace))} left in all"
+        left = self._forecast.left(name, elapsed=elapsed, fraction=fraction, pace=pace, begun=begun)
+        return "" if left is None else f"about {span(left)} left in all"
 
 
 def span(seconds: float) -> str:

@@ -59,12 +59,13 @@ def test_a_terminal_sees_a_bar_that_moves_and_goes(clock: Clock) -> None:
     console = recorder(terminal=True)
     progress = Progress(PLAN, console=console, clock=clock)
     with progress.stage("distil") as stage:
-        clock.now += 30
+        stage(0, 4)
+        clock.now += 25
         stage(1, 4)
     shown = written(console)
-    # A quarter of the stage's own estimate (90 s), three quarters of the planned one (45 s), and 30 s of rounds.
-    assert "about 86 s left in all" in shown
-    assert shown.splitlines()[-1].split()[-4:] == ["about", "19", "s", "left"]
+    # A quarter took 25 s, so 75 s for the rest of the stage whatever was planned, and 30 s of rounds.
+    assert "about 90 s left in all" in shown and "about 105 s left in all" in shown
+    assert shown.splitlines()[-1].split()[-4:] == ["about", "17", "s", "left"]
 
 
 def test_a_cached_stage_says_nothing_about_pace(clock: Clock) -> None:
@@ -94,4 +95,38 @@ def test_the_estimate_ends_at_zero() -> None:
     forecast = Forecast(PLAN)
     lefts = [forecast.left("rounds", elapsed=10.0 * f, fraction=f, pace=1.0) for f in (0.0, 0.25, 0.5, 0.75, 1.0)]
     assert lefts[0] == 30.0 and lefts[-1] == 0.0
-    assert lefts == sorted(lefts, reverse=True)
+    assert lefts == sorted((left for left in lefts if left is not None), reverse=True)
+
+
+def test_the_rate_of_a_resumed_stage_is_that_of_this_run(clock: Clock) -> None:
+    """Guards against "1 s left" for half an hour of training, because an earlier run had done the other half."""
+    for reports, shown in (
+        ([(500, 1000)], "about 15 s"),  # half of what was planned, before there is a rate
+        ([(500, 1000), (510, 1000)], "about 8 min"),
+        ([(500, 1000), (510, 1000), (0, 10), (1, 10)], "about 90 s"),  # begins anew, as after a step of pruning
+    ):
+        console = recorder(terminal=True)
+        with Progress(PLAN, console=console, clock=clock).stage("rounds") as stage:
+            for done, total in reports:
+                stage(done, total)
+                clock.now += 10
+            clock.now -= 10
+            stage(*reports[-1])
+        assert f"{shown} left in all" in written(console)
+
+
+def test_what_is_not_known_is_not_estimated_until_it_is(clock: Clock) -> None:
+    """Guards against an estimate that is a guess about work that nobody has counted."""
+    console = recorder(terminal=False)
+    progress = Progress({"lessons": 10.0, "vectors": None, "train": None}, console=console, clock=clock)
+    with progress.stage("lessons"):
+        clock.now += 10
+    with progress.stage("vectors") as stage:
+        progress.expect({"vectors": 20.0, "train": 40.0, "scores": 5.0})
+        stage(1, 1)
+        clock.now += 20
+    with progress.stage("train"):
+        clock.now += 40
+    lines = [" ".join(line.split()) for line in written(console).splitlines()]
+    assert lines == ["lessons 10 s", "vectors 20 s about 40 s left", "train 40 s"]
+    assert Forecast({"a": None, "b": 5.0}).left("a", elapsed=4.0, fraction=0.5, pace=1.0) == 9.0

@@ -31,7 +31,7 @@ from stillroom_server.distillery.lessons import Lessons
 from stillroom_server.distillery.recipe import Recipe
 from stillroom_server.distillery.rotation import Rotation, document_tower, rotate_array, rotated_model, rotated_tokens
 from stillroom_server.distillery.scores import ScoreCache, score_lessons
-from stillroom_server.distillery.stages import OUTPUTS, planned, stage_keys
+from stillroom_server.distillery.stages import OUTPUTS, expected, planned, stage_keys
 from stillroom_server.distillery.students.iterate import prune_iteratively
 from stillroom_server.distillery.students.make import make_student
 from stillroom_server.distillery.students.settings import StudentSettings
@@ -90,6 +90,8 @@ class Run:
             with progress.stage(name) as stage:
                 skipped = self._stage(name, lambda stage=stage, name=name: works[name](stage))  # type: ignore[misc]
                 stage.note(self._remark(name), cached=skipped)
+                if name == "lessons":
+                    progress.expect(expected(self.recipe, self.lessons))
             if name == last:
                 break
         return self.out / "model"

@@ -18,23 +18,31 @@ from typing import Any
 
 from stillroom_server.distillery.data.settings import SourceSettings
 from stillroom_server.distillery.data.sources import content_key
+from stillroom_server.distillery.lessons import Lessons
+from stillroom_server.distillery.losses.needs import needs
 from stillroom_server.distillery.recipe import TAUGHT, Recipe
+from stillroom_server.distillery.training.reading import OF_TEXTS
 from stillroom_server.teacher import OFFLINE
 from stillroom_shared.workspace import key_of
 
-STAGES: Mapping[str, float] = MappingProxyType(
+STAGES: Mapping[str, float | None] = MappingProxyType(
     {
         "lessons": 60.0,
-        "teach": 300.0,
-        "vectors": 120.0,
-        "rotate": 10.0,
-        "scores": 120.0,
-        "search": 1200.0,
-        "train": 600.0,
+        "teach": None,
+        "vectors": None,
+        "rotate": None,
+        "scores": None,
+        "search": None,
+        "train": None,
         "export": 30.0,
     }
 )
-"""Seconds that each takes, roughly; the estimate of what is left corrects itself."""
+"""Seconds that each takes, roughly; None: it depends on the lessons (`expected`)."""
+_A_SECOND: Mapping[str, float] = MappingProxyType(
+    {"teach": 15.0, "vectors": 150.0, "rotate": 50_000.0, "scores": 60.0, "train": 400.0}
+)
+"""Pairs, texts or reads of a text that a stage does in a second, a guess for small models on two cores: this machine's pace,
+and a stage's own rate once it runs, correct it."""
 OUTPUTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "lessons": ("lessons",),
@@ -60,6 +68,25 @@ def planned(recipe: Recipe) -> list[str]:
         "search": recipe.searches,
     }
     return [name for name in STAGES if wanted.get(name, True)]
+
+
+def expected(recipe: Recipe, lessons: Lessons) -> dict[str, float | None]:
+    """Seconds of the stages whose work lessons decide, roughly. Unknown (None) stays how long a search takes."""
+    listed = lessons.lists * lessons.candidates
+    own = recipe.student.kind in ("tower", "static")
+    reads = 1 if own and recipe.training.towers == "query" else 1 + lessons.candidates
+    found, both = needs(recipe.losses), recipe.training.towers == "both"
+    texts = len(lessons) if both else len(lessons.rows("query"))
+    learned = (texts if own else 0) + (lessons.lists * reads if found - OF_TEXTS or not own else 0)
+    rounds = 1 + (recipe.pruning.steps if recipe.pruning.active else 0)
+    amounts = {
+        "teach": listed * recipe.teach.epochs,
+        "vectors": len(lessons.rows_of(*recipe.embedded)),
+        "rotate": 2 * len(lessons),
+        "scores": listed * len(recipe.scoring),
+        "train": learned * recipe.training.epochs * rounds,
+    }
+    return {name: amount / _A_SECOND[name] for name, amount in amounts.items()}
 
 
 def stage_keys(recipe: Recipe) -> dict[str, str]:

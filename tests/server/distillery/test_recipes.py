@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from sentence_transformers import CrossEncoder, SentenceTransformer
-from tests.server.distillery.learners import WORDS
+from tests.server.distillery.learners import WORDS, lessons
 from transformers import BertModel, PreTrainedTokenizerFast
 
 from stillroom_server.distillery.early import refuse_early
@@ -20,7 +20,7 @@ from stillroom_server.distillery.lessons import Lessons
 from stillroom_server.distillery.losses.settings import LossesSettings
 from stillroom_server.distillery.recipe import Recipe, load_recipe, manual, ready
 from stillroom_server.distillery.run import Run, load_student
-from stillroom_server.distillery.stages import STAGES, planned, stage_keys
+from stillroom_server.distillery.stages import STAGES, expected, planned, stage_keys
 from stillroom_server.distillery.teachers.settings import TeacherSettings
 from stillroom_shared.errors import SettingsError
 from stillroom_shared.progress import Progress, Stage
@@ -378,3 +378,26 @@ def test_files_of_a_teacher_say_what_it_is_without_its_weights(
 def test_no_ready_recipe_is_refused(name: str) -> None:
     """Guards against a check that is stricter than training."""
     refuse_early(load_recipe(name, {}))
+
+
+def test_guesses_follow_what_the_lessons_hold(tmp_path: Path) -> None:
+    """Guards against ten minutes that are told for a run of ten seconds, and against a number for what nobody counted."""
+    found = lessons(tmp_path / "lessons", queries=40, lists=20)  # three candidates each, thirty passages
+    text = LossesSettings.model_validate({"cosine": {"weight": 1}})
+    listed = LossesSettings.model_validate({"cosine": {"weight": 1}, "margin_mse": {"weight": 1}})
+    alone = Recipe(teachers={"one": TeacherSettings()}, documents="one", losses=text)
+    both = alone.model_copy(update={"losses": listed})
+    twice = both.model_copy(update={"teachers": {**both.teachers, "two": TeacherSettings()}})
+    of = {name: expected(one, found) for name, one in (("alone", alone), ("both", both), ("twice", twice))}
+
+    def ratio(left: str, right: str, stage: str) -> float:
+        return float(of[left][stage] or 0) / float(of[right][stage] or 1)
+
+    assert ratio("both", "alone", "vectors") == pytest.approx(70 / 40)
+    assert ratio("both", "alone", "train") == pytest.approx(60 / 40)
+    assert ratio("twice", "both", "scores") == pytest.approx(2)
+    more = both.model_copy(update={"training": both.training.model_copy(update={"epochs": 6.0, "towers": "both"})})
+    assert float(expected(more, found)["train"] or 0) / float(of["both"]["train"] or 1) == pytest.approx(
+        (70 + 20 * 4) * 6 / (60 * 3)
+    )
+    assert "search" not in of["both"] and STAGES["search"] is None
