@@ -188,10 +188,11 @@ def test_they_are_timed_like_others(data: Path, written: dict[str, Path]) -> Non
 def test_tokens_that_nobody_looks_at_are_refused(written: dict[str, Path]) -> None:
     """Queries of most ColBERT models are filled up with tokens outside the mask: a file would give zeros for them."""
     loaded = load_model(str(written["late"]))
-    loaded.model[0].query_expansion = {"strategy": "fixed", "attend": False, "length": 16}
+    model: Any = loaded.model
+    model[0].query_expansion = {"strategy": "fixed", "attend": False, "length": 16}
     with pytest.raises(SettingsError, match="expands queries"):
         open_onnx(str(written["late"]), loaded, "float32").late()
-    loaded.model[0].query_expansion = {"strategy": "fixed", "attend": True, "length": 16}
-    through = open_onnx(str(written["late"]), loaded, "float32").late().model
-    truth, found = (np.asarray(one.encode_query(["what do tapirs eat"])[0]) for one in (loaded.model, through))
+    model[0].query_expansion = {"strategy": "fixed", "attend": True, "length": 16}
+    through: Any = open_onnx(str(written["late"]), loaded, "float32").late().model
+    truth, found = (np.asarray(one.encode_query(["what do tapirs eat"])[0]) for one in (model, through))
     np.testing.assert_allclose(found, truth, atol=2e-5)
