@@ -85,7 +85,8 @@ class Run:
             "train": self._train,
             "export": self._export,
         }
-        refuse_early(self.recipe)
+        if last is None or last in ("train", "export"):
+            refuse_early(self.recipe)  # of what can only fail there
         for name in planned(self.recipe):
             with progress.stage(name) as stage:
                 skipped = self._stage(name, lambda stage=stage, name=name: works[name](stage))  # type: ignore[misc]
