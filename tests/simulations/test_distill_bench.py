@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 from rich.console import Console
+from safetensors.torch import load_file
 from tests.simulations import shelves
 
 from stillroom_server.distillery.losses.needs import needs
@@ -93,13 +94,24 @@ name = "matryoshka"
 model_of = "recipes.matryoshka"
 cut = [8]
 
+[families.docstrings]
+settings = ["training.epochs=1", "student.tokens=32", "data.synthetic.makers=crop"]
+
+[[arms]]
+family = "docstrings"
+name = "base"
+text = "labelled"
+docstrings = 0
+settings = ["student.layers=1"]
+
 [[arms]]
 family = "left-out"
 name = "align"
 text = "others"
 docstrings = 0
-documentation = 0
-settings = ["student.layers=0,1", "training.epochs=1", "student.tokens=32", "data.synthetic.makers=crop"]
+continues = "docstrings.base"
+settings = ["training.epochs=1", "student.tokens=32", "data.synthetic.makers=crop", "student.layers=1",
+  "training.learning_rate=1e-6", "training.batch_size=4"]
 
 [memory]
 texts = [50, 150]
@@ -202,6 +214,35 @@ def test_a_model_is_measured_over_the_documents_that_it_is_for(tmp_path: Path) -
     assert system_of(alone, tmp_path / "other", suffix="@int8") == f"{tmp_path}/other@int8"
 
 
+def test_an_arm_goes_on_from_the_model_of_another(asked: Asked, tmp_path: Path) -> None:
+    """Guards against a student that begins from the teacher again, or is compared with the model it began from."""
+    bench_distill(replace(asked, families=["left-out"]), out=tmp_path / "x.json", console=QUIET, command="first")
+    base, made = (
+        load_file(asked.folder / place / "student" / "model.safetensors")
+        for place in ("docstrings/base-seed-1", "left-out/align-without-zoo-seed-1")
+    )
+    other = load_file(asked.folder / "docstrings/base-seed-0/student/model.safetensors")
+    moved, apart = (max(float((made[key] - one[key]).abs().max()) for key in made) for one in (base, other))
+    assert 0 < moved < 1e-4 < apart  # a rate of 1e-6 takes it nowhere else: its layers are all that its base had
+    studies = asked.studies.with_name("chain.toml")
+    studies.write_text('[[arms]]\nfamily = "left-out"\nname = "a"\ntext = "others"\ncontinues = "left-out.b"\n')
+    with pytest.raises(SettingsError, match=r"continues 'left-out\.b', which is no arm before it"):
+        load_studies(studies)
+    studies.write_text('[[arms]]\nfamily = "left-out"\nname = "b"\ntext = "others"\n' + studies.read_text())
+    with pytest.raises(SettingsError, match="continue an arm of one model"):
+        bench_distill(
+            replace(asked, studies=studies, families=["left-out"]),
+            out=tmp_path / "x.json",
+            console=QUIET,
+            command="second",
+        )
+
+
+def own_seconds(folder: Path) -> float:
+    """Of training and exporting, without what was done for the model that it goes on from."""
+    return sum(json.loads((folder / ".stages" / f"{one}.json").read_text())["seconds"] for one in ("train", "export"))
+
+
 def measured(asked: Asked, place: str, title: str, name: str) -> Any:
     return json.loads((asked.folder / place / "measured" / title / f"{name}.json").read_text())
 
@@ -257,6 +298,9 @@ def test_families_that_are_not_asked_for_keep_their_figures_while_they_hold(aske
     )
     assert made["figures"]["matryoshka.matryoshka.zoo.cut-8.kept"]["value"] == pytest.approx(kept)
     assert made["figures"]["left-out.align.mean.kept"]["goal"] == ">= 0.96"
+    assert made["figures"]["left-out.align.seconds"]["value"] > own_seconds(
+        asked.folder / "left-out/align-without-zoo-seed-0"
+    )
     drawn = of_distill(made)
     assert "left-out align, mean of the sets" in drawn and "`second` at" in drawn and "`first` at" in drawn
     changed = replace(others, families=["matryoshka"], changes={**asked.changes, "losses.cosine.weight": "2"})

@@ -2,7 +2,7 @@
 
 | `text` | learned from | the arm is |
 |---|---|---|
-| `docstrings` | docstrings alone | one model |
+| `docstrings` | packages alone: docstrings, and where limits say so documentation and WordNet | one model |
 | `labelled` | docstrings, and the train queries of the data sets with their passages | one model |
 | `others` | docstrings, documentation, and all that is public of the other data sets | a model for each set, measured on it |
 
@@ -13,14 +13,15 @@ taken out of it (`data.exclude`). Settings of the command line win over those of
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
 from stillroom_server.distillery.data.settings import DataSettings, ExcludeSettings, SourceSettings
 from stillroom_server.distillery.recipe import TAUGHT, Recipe, load_recipe
+from stillroom_server.distillery.teachers.settings import TeacherSettings
 from stillroom_server.docstrings import FULL
 from stillroom_shared.asked import pairs
 from stillroom_shared.corpus import Corpus
@@ -35,6 +36,8 @@ FAMILIES = (*TRAINED, "memory", "rates")
 Family = Literal["recipes", "left-out", "docstrings", "matryoshka", "teachers", "rerank"]
 Text = Literal["docstrings", "labelled", "others"]
 How = Literal["torch", "float32", "int8"]
+_BEGUN = "begun"
+"""Name, among a recipe's teachers, of the model that it goes on from."""
 
 
 class Learning(Group):
@@ -44,7 +47,7 @@ class Learning(Group):
     settings: tuple[str, ...] = Field((), description="laid over the recipe, each as after --set: KEY=VALUE")
     text: Text = Field("docstrings", description="what it learns from; see the table of `arms.py`")
     docstrings: int | None = Field(None, ge=0, description="most queries of docstrings; 0: none are read; none: all")
-    documentation: int | None = Field(None, ge=0, description="most passages of documentation, likewise")
+    documentation: int = Field(0, ge=0, description="most passages of installed documentation; 0: none are read")
     wordnet: int = Field(0, ge=0, description="most definitions of WordNet, where it is installed; 0: none are read")
     queries: int | None = Field(None, ge=1, description="most queries of each data set")
     passages: int | None = Field(None, ge=0, description="most passages of each data set beside those of its queries")
@@ -59,6 +62,9 @@ class ArmSettings(Learning):
         "", description="FAMILY.NAME of an arm before it, whose models are measured in place of its own"
     )
     taught: str | None = Field(None, description="cross-encoder under [taught] that stands for the model `taught`")
+    continues: str = Field(
+        "", description="FAMILY.NAME of an arm before it, of one model: the student goes on from that of the same seed"
+    )
     sets: tuple[str, ...] = Field((), description="data sets that it is measured on; empty: all")
     how: tuple[How, ...] = Field(
         ("torch",), min_length=1, description="by what it is run; figures of quality are those of the first"
@@ -122,6 +128,7 @@ class Arm:
         sets: names of the data sets that it is measured on.
         out: set that is left out of its text, where it is made for one.
         maker: the arm that makes the model, which is its own but for `model_of`.
+        continues: the arm whose model it goes on from.
     """
 
     settings: ArmSettings
@@ -129,6 +136,7 @@ class Arm:
     sets: tuple[str, ...]
     out: str | None
     maker: ArmSettings
+    continues: Arm | None = None
 
     @property
     def title(self) -> str:
@@ -140,16 +148,23 @@ class Arm:
         """Changes with all that its figures depend on beside seeds and data."""
         own = [one.model_dump(mode="json") for one in (self.settings, self.maker)]
         # Where data lie is another thing on every machine; which they are is said by their hashes.
-        return key_of(own, self.recipe.model_dump(mode="json", exclude={"data": {"sources", "exclude"}}))
+        before = [self.continues.digest] if self.continues else []
+        return key_of(own, self.recipe.model_dump(mode="json", exclude={"data": {"sources", "exclude"}}), *before)
 
-    def of_seed(self, seed: int, taught: Mapping[str, Path]) -> Recipe:
-        """With a seed, and with the folder of the cross-encoder in place of the word for it."""
+    def of_seed(self, seed: int, taught: Mapping[str, Path], begun: Path | None = None) -> Recipe:
+        """With a seed, with the folder of the cross-encoder in place of the word for it, and with the model it goes on from."""
         folder = taught[self.maker.taught] if self.maker.taught else TAUGHT
         teachers = {
             name: one.model_copy(update={"model": str(folder)}) if one.model == TAUGHT else one
             for name, one in self.recipe.teachers.items()
         }
-        return self.recipe.model_copy(update={"seed": seed, "teachers": teachers})
+        changes: dict[str, Any] = {"seed": seed, "teachers": teachers}
+        if begun is not None:
+            depth = self.recipe.student.student_depth
+            whole = self.recipe.student.model_copy(update={"init": "layers", "layers": tuple(range(depth))})
+            changes |= {"begins": _BEGUN, "scorers": self.recipe.scoring, "student": whole}
+            changes["teachers"] = teachers | {_BEGUN: TeacherSettings(model=str(begun))}
+        return self.recipe.model_copy(update=changes)
 
     def folder(self, below: Path, seed: int) -> Path:
         """Where it is made."""
@@ -188,8 +203,7 @@ class Public:
             # A limit of queries keeps the passages that they need, and no others.
             passages = None if learning.docstrings is None else 0
             yield SourceSettings(kind="docstrings", packages=packages, queries=learning.docstrings, passages=passages)
-        if learning.text == "others" and learning.documentation != 0:
-            limit = learning.documentation
+        if limit := learning.documentation:
             yield SourceSettings(kind="documentation", use="passages", packages=packages, passages=limit)
         if learning.wordnet:
             yield SourceSettings(kind="wordnet", use="queries", queries=learning.wordnet)
@@ -226,6 +240,8 @@ def load_studies(path: Path = STUDIES) -> Studies:
             raise SettingsError(f"{path}: arm {title!r} needs a name that no other of its family has")
         if arm.model_of and arm.model_of not in known:
             raise SettingsError(f"{path}: arm {title} measures models of {arm.model_of!r}, which is no arm before it")
+        if arm.continues and arm.continues not in known:
+            raise SettingsError(f"{path}: arm {title} continues {arm.continues!r}, which is no arm before it")
         if arm.taught is not None and arm.taught not in studies.taught:
             raise SettingsError(f"{path}: arm {title} is taught by {arm.taught!r}: add a table [taught.{arm.taught}]")
         for other in arm.above:
@@ -269,7 +285,25 @@ def arms(
     for settings in studies.arms:
         if settings.family in families and (names is None or settings.name in names):
             maker = by_title[settings.model_of] if settings.model_of else settings
-            yield from _made(settings, maker, public, changes)
+            before = _begun(maker, by_title, public, changes)
+            for one in _made(settings, maker, public, changes):
+                yield replace(one, continues=before)
+
+
+def _begun(
+    maker: ArmSettings, by_title: Mapping[str, ArmSettings], public: Public, changes: Mapping[str, str]
+) -> Arm | None:
+    """The arm that this one goes on from, and the one before it."""
+    if not maker.continues:
+        return None
+    settings = by_title[maker.continues]
+    [arm, *more] = _made(settings, settings, public, changes)
+    if more:
+        raise SettingsError(
+            f"{maker.family}.{maker.name} continues {maker.continues}, which has a model for each set that is left out: "
+            "continue an arm of one model"
+        )
+    return replace(arm, continues=_begun(settings, by_title, public, changes))
 
 
 def _made(settings: ArmSettings, maker: ArmSettings, public: Public, changes: Mapping[str, str]) -> Iterator[Arm]:

@@ -12,7 +12,7 @@ timed in turns, in one process. Roles of systems are `ROLE HOW`:
 | role | is |
 |---|---|
 | `student`, `untrained` | a tower over the document tower that it is for; what has no such tower, by itself |
-| `teacher` | the bi-encoder of `documents`, or the cross-encoder or late-interaction model that the student is made from |
+| `teacher` | the bi-encoder of `documents`; without one, the cross-encoder or late-interaction model it is made from |
 | `first` | what rerankers read again |
 
 HOW is `torch`, `float32` or `int8` (both through ONNX Runtime), and `torch@128` where vectors are cut.
@@ -83,13 +83,14 @@ class Bench:
     def made(self, arm: Arm, seed: int) -> Made:
         """The arm's model, made or resumed."""
         taught = {name: self.taught(name) for name in [arm.maker.taught] if name}
-        recipe, folder = arm.of_seed(seed, taught), arm.folder(self.folder, seed)
+        begun = self.made(arm.continues, seed) if arm.continues else None
+        recipe, folder = arm.of_seed(seed, taught, begun.model if begun else None), arm.folder(self.folder, seed)
         self.console.print(f"{arm.title}, seed {seed}: {folder}", markup=False)
         run = self._run(recipe, folder)
         if arm.settings.untrained and _stale(folder / "untrained", key := _content(folder / "student")):
             run.untrained().save_pretrained(str(folder / "untrained"), create_model_card=False)
             (folder / "untrained" / "of.txt").write_text(key)
-        return Made(arm=arm, recipe=recipe, folder=folder, teachers=self.folder / "teachers")
+        return Made(arm=arm, recipe=recipe, folder=folder, teachers=self.folder / "teachers", begun=begun)
 
     def measured(self, arm: Arm, seed: int) -> dict[str, Any]:
         """Seconds of making it by stage, and by set and role what was measured."""
@@ -108,9 +109,13 @@ class Bench:
         return {"seconds": self._seconds(arm, made), "sets": sets}
 
     def _seconds(self, arm: Arm, made: Made) -> dict[str, float]:
-        """Of each stage that the recipe has; `teach` where the cross-encoder is shared, too: a recipe alone would teach it."""
+        """Of each stage that the recipe has; `teach` where the cross-encoder is shared, too: a recipe alone would teach it.
+
+        What was done for the model that it goes on from counts as its own.
+        """
         taken = Workspace(made.folder).seconds()
-        seconds = {name: taken[name] for name in planned(made.recipe) if name in taken}
+        before = self._seconds(made.begun.arm, made.begun) if made.begun else {}
+        seconds = {name: taken[name] + before.get(name, 0.0) for name in planned(made.recipe) if name in taken}
         if arm.maker.taught:
             seconds["teach"] = Workspace(self.folder / "teachers" / arm.maker.taught).seconds()["teach"]
         return seconds
@@ -142,6 +147,7 @@ class Made:
     recipe: Recipe
     folder: Path
     teachers: Path
+    begun: Made | None = None
 
     @property
     def model(self) -> Path:
@@ -156,8 +162,8 @@ class Made:
 
     @property
     def teacher(self) -> str:
-        """What the student is compared with: the model that it is made from, or in whose space it lies."""
-        return self.recipe.teachers[self.recipe.origin].model
+        """What the student is compared with: the model in whose space it lies, or that it is made from."""
+        return self.recipe.teachers[self.recipe.documents or self.recipe.origin].model
 
     def systems(self) -> dict[str, str]:
         """Names by role."""
