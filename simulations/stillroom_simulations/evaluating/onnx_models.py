@@ -72,7 +72,7 @@ class OnnxModel:
         def all_of(texts: Sequence[str]) -> Vectors:
             return np.stack(_each(embed, texts, threads))
 
-        return replace(own, identity=f"{role} {self.identity}", weights=len(self.content), embed=all_of)
+        return replace(own, identity=f"{role} {self.identity}", weights=len(self.content), embed=all_of, last=None)
 
     @cached_property
     def _plain(self) -> Callable[[str], Vectors] | None:

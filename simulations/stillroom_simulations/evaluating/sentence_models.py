@@ -25,6 +25,7 @@ import torch
 from numpy.typing import NDArray
 from sentence_transformers import CrossEncoder, MultiVectorEncoder, SentenceTransformer
 from sentence_transformers.base.model import BaseModel
+from sentence_transformers.base.modules import Dense, Normalize
 from sentence_transformers.util import load_file_path
 from torch import nn
 
@@ -81,14 +82,39 @@ def sentence_tower(loaded: Loaded, role: Role) -> Tower:
         raise SettingsError(
             "a model that compares by Manhattan distance has no exact search here: cosine, dot, Euclidean do"
         )
-    encode: Callable[..., Any] = model.encode_query if role == "query" else model.encode_document
+    body, last = _before_a_map(model)
+    encode: Callable[..., Any] = body.encode_query if role == "query" else body.encode_document
 
     def embed(texts: Sequence[str]) -> NDArray[np.float32]:
         return np.asarray(encode(list(texts), show_progress_bar=False, convert_to_numpy=True), np.float32)
 
     full = model.get_embedding_dimension()
     assert full is not None
-    return Tower(role, f"{role} {loaded.identity}", loaded.weights, embed, compared, full)
+    identity = loaded.identity if last is None else _identity(body)
+    return Tower(role, f"{role} {identity}", loaded.weights, embed, compared, full, last=last)
+
+
+def _before_a_map(model: SentenceTransformer) -> tuple[SentenceTransformer, NDArray[np.float32] | None]:
+    """The model without a last linear map before its unit vectors, and the map; as it is, and None, where it has none.
+
+    Unit vectors of W v and of W v / |v| are the same. A teacher's space is turned by such a map (`rotate` of a recipe): its
+    passages are embedded once, however often it is turned.
+    """
+    modules = list(model)
+    last, whole = modules[-2] if len(modules) > 2 else None, model.truncate_dim is None
+    unit = isinstance(modules[-1], Normalize) and model.similarity_fn_name == "cosine"
+    if not (unit and whole and isinstance(last, Dense) and isinstance(last.activation_function, nn.Identity)):
+        return model, None
+    if last.linear.bias is not None or last.use_residual or last.module_input_name != "sentence_embedding":
+        return model, None
+    body = SentenceTransformer(
+        modules=[*modules[:-2], modules[-1]],
+        device=str(model.device),
+        prompts=model.prompts,
+        default_prompt_name=model.default_prompt_name,
+        similarity_fn_name=model.similarity_fn_name,
+    )
+    return body, last.linear.weight.detach().cpu().numpy()
 
 
 def sentence_scorer(loaded: Loaded) -> Callable[[str, Sequence[str]], NDArray[np.floating]]:

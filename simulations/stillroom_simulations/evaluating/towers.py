@@ -39,9 +39,10 @@ class Tower:
     Attributes:
         identity: a hash of all that its vectors depend on beside the text.
         weights: bytes of its weights.
-        embed: n texts to (n, dim) float32.
-        full: length of what `embed` gives.
+        embed: n texts to (n, dim) float32, before `last`.
+        full: length of whole vectors.
         dimension: the first values that are compared; None for all.
+        last: a linear map, (full, dim), that stands apart so that models which differ in it alone share what is kept.
     """
 
     role: Role
@@ -51,6 +52,7 @@ class Tower:
     similarity: Similarity
     full: int
     dimension: int | None = None
+    last: Vectors | None = None
 
     def shortened(self, dimension: int | None) -> Tower:
         """The same with shorter vectors; `SettingsError` when it has no vectors of that length."""
@@ -65,6 +67,8 @@ class Tower:
 
     def comparable(self, vectors: Vectors) -> Vectors:
         """Vectors of `embed` as a dot product compares them; see the table of this module."""
+        if self.last is not None:
+            vectors = vectors @ self.last.T
         if self.similarity == "cosine":
             return unit(vectors[:, : self.dimension])
         if self.similarity == "dot":

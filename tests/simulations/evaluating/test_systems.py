@@ -11,11 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Normalize
 from tests.simulations import shelves
 from tests.simulations.shelves import PASSAGES, Ranker, check, evaluate, slow_first
 from transformers import BertModel, PreTrainedTokenizerFast
 
 from stillroom_client.device import Device
+from stillroom_server.distillery.rotation import Rotation, rotated_model
 from stillroom_shared.release import Release
 from stillroom_simulations.evaluating import sentence_models
 from stillroom_simulations.evaluating.kept import Kept
@@ -35,6 +38,33 @@ def test_bi_encoders_and_static_tables_equal_a_slow_ranking(
     check(found, "model@8", cut)
     assert found.sets[0].of("model@8").bytes.each_passage == 32
     assert found.sets[0].of("table").bytes.query_model == 16 * 4 * len(tiny_tokenizer)
+
+
+def test_a_turned_space_costs_no_second_reading_of_the_passages(
+    data: Path, bi: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hours of embedding again for each rotation of one teacher; or its vectors taken for those of the rotation."""
+    model: Any = sentence_models.load_model(str(bi)).model
+    model.append(Normalize())
+    model.save(str(tmp_path / "plain"))
+    basis = np.linalg.qr(np.random.default_rng(3).standard_normal((32, 32)))[0]
+    rotated_model(model, Rotation(basis, np.ones(32))).save(str(tmp_path / "turned"))
+    evaluate([str(tmp_path / "plain")], data, cache=tmp_path / "cache")
+    read: list[str] = []
+    encode = SentenceTransformer.encode_document
+
+    def noted(self: SentenceTransformer, texts: list[str], **more: Any) -> Any:
+        read.extend(texts)
+        return encode(self, texts, **more)
+
+    monkeypatch.setattr(SentenceTransformer, "encode_document", noted)
+    names = [str(tmp_path / "turned"), f"{tmp_path / 'turned'}@8"]
+    found = evaluate(names, data, cache=tmp_path / "cache")
+    assert not read
+    turned: Any = sentence_models.load_model(names[0]).model
+    check(found, "turned", shelves.dense(turned.encode, turned.encode))
+    cut = shelves.dense(lambda text: turned.encode(text)[:8], lambda text: turned.encode(text)[:8])
+    check(found, "turned@8", cut)
 
 
 def test_prompts_and_other_similarities_are_the_models_own(
