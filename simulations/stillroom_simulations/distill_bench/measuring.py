@@ -158,6 +158,8 @@ class Made:
     def identity(self) -> list[str]:
         """Changes with the files of the models that are measured, wherever they lie."""
         folders = [self.model, self.folder / "untrained", Path(folder_of(self.teacher))]
+        if self.recipe.student.kind == "reranker":
+            folders.append(Path(folder_of(self.arm.settings.first)))
         return [_content(one) for one in folders if one.is_dir()]
 
     @property
@@ -176,7 +178,9 @@ class Made:
         if "torch" in settings.how:
             found["teacher torch"] = self.teacher
         if {"float32", "int8"} & {*settings.how} and self.recipe.student.kind != "late-interaction":
-            found["teacher float32"] = self._teacher_through_onnx()
+            found["teacher float32"] = self._teacher_through_onnx("float32")
+        if "int8" in settings.how and self.recipe.documents:
+            found["teacher int8"] = self._teacher_through_onnx("int8")
         if self.recipe.student.kind == "reranker":
             found["first torch"] = settings.first
         return found
@@ -184,14 +188,11 @@ class Made:
     def _named(self, folder: Path, how: str, *, cut: int | None = None) -> str:
         return system_of(self.recipe, self.model, folder, "" if how == "torch" else f"@{how}", cut)
 
-    def _teacher_through_onnx(self) -> str:
-        """The teacher's queries by ONNX Runtime in float32, its documents as they are; a cross-encoder whole."""
-        if self.recipe.student.kind == "reranker":
-            return (
-                f"{_shipped(Path(folder_of(self.teacher)), self.teachers / _label(self.teacher), cross=True)}@float32"
-            )
-        folder = _shipped(Path(folder_of(self.teacher)), self.teachers / _label(self.teacher), cross=False)
-        return f"{folder}@float32::{self.teacher}"
+    def _teacher_through_onnx(self, how: str) -> str:
+        """The teacher's queries by ONNX Runtime, its documents as they are; a cross-encoder whole."""
+        cross, place = self.recipe.student.kind == "reranker", self.teachers / _label(self.teacher)
+        folder = _shipped(Path(folder_of(self.teacher)), place, cross=cross)
+        return f"{folder}@{how}" if cross else f"{folder}@{how}::{self.teacher}"
 
 
 def system_of(

@@ -80,6 +80,10 @@ def bench_distill(asked: Asked, *, out: Path, console: Console, command: str) ->
     """
     studies = load_studies(asked.studies)
     corpora = {folder: load_beir(folder, splits="as-published") for folder in asked.data}
+    if len({one.name for one in corpora.values()}) < len(asked.data):
+        raise SettingsError(
+            f"--data {', '.join(map(str, asked.data))}: two folders have one name, by which figures are told apart: rename one"
+        )
     public = Public(corpora=corpora, packages=asked.packages, passages=asked.passages)
     wanted = list(arms(studies, asked.families, public, asked.changes, names=asked.arms))
     bench = Bench(

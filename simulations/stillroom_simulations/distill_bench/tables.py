@@ -19,6 +19,7 @@ _WORDS = {
     "kept": "nDCG@10 / the teacher's",
     "int8_kept": "nDCG@10 of int8 / float32",
     "encode_ratio.float32": "p50 of encoding a query, float32 / the teacher's float32",
+    "encode_ratio.both-int8": "p50 of encoding a query, int8 / the teacher's int8",
     "encode_ratio.int8": "p50 of encoding a query, int8 / the teacher's float32",
     "gain": "nDCG@10 over the first stage",
     "teacher_gain": "the teacher's nDCG@10 over the first stage",
