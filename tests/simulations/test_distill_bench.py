@@ -238,6 +238,13 @@ def test_an_arm_goes_on_from_the_model_of_another(asked: Asked, tmp_path: Path) 
         )
 
 
+def test_two_data_sets_of_one_name_are_refused(asked: Asked, tmp_path: Path) -> None:
+    """Guards against figures of one set under the name of another."""
+    twice = replace(asked, data=[*asked.data, written(tmp_path / "zoo", train=False)])
+    with pytest.raises(SettingsError, match="two folders have one name"):
+        bench_distill(twice, out=tmp_path / "x.json", console=QUIET, command="first")
+
+
 def own_seconds(folder: Path) -> float:
     """Of training and exporting, without what was done for the model that it goes on from."""
     return sum(json.loads((folder / ".stages" / f"{one}.json").read_text())["seconds"] for one in ("train", "export"))

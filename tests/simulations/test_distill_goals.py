@@ -90,9 +90,9 @@ def slow_ratio_interval(found: Results, top: str, below: str) -> tuple[float, fl
 
 def test_what_a_query_tower_keeps_is_a_ratio_of_means_over_sets() -> None:
     """Guards against queries of a large set that outvote a small one, and an interval that forgets sets or seeds."""
-    roles = ("student torch", "student float32", "student int8", "teacher torch", "teacher float32")
-    means = dict(zip(roles, (0.5, 0.5, 0.4985, 0.51, 0.51), strict=True))
-    times = dict(zip(roles, (1.0, 1.0, 0.5, 2.0, 2.0), strict=True))
+    roles = ("student torch", "student float32", "student int8", "teacher torch", "teacher float32", "teacher int8")
+    means = dict(zip(roles, (0.5, 0.5, 0.4985, 0.51, 0.51, 0.51), strict=True))
+    times = dict(zip(roles, (1.0, 1.0, 0.5, 2.0, 2.0, 1.25), strict=True))
     found = results(arm("left-out", how=["torch", "float32", "int8"]), means, times)
     figures = figures_of(found, {})
     kept = figures["left-out.align.mean.kept"]
@@ -106,6 +106,8 @@ def test_what_a_query_tower_keeps_is_a_ratio_of_means_over_sets() -> None:
     assert [one["value"] for one in ratios] == pytest.approx([0.5, 0.25], rel=0.05) and all(
         one["holds"] for one in ratios
     )
+    both = figures["left-out.align.mean.encode_ratio.both-int8"]
+    assert both["value"] == pytest.approx(0.4, rel=0.05) and "goal" not in both
     worse = figures_of(results(found.settings, means | {"student torch": 0.45}), {})
     assert not worse["left-out.align.mean.kept"]["holds"] and "left-out.align.mean.encode_ratio.int8" not in worse
 
