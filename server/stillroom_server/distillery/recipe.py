@@ -48,8 +48,8 @@ class Recipe(Group):
     )
     rotate: bool = Field(
         False,
-        description="turn the space of `documents` to the principal directions of its vectors, so that the first values hold "
-        "most; whole vectors compare as before",
+        description="turn the space of `documents` to the principal directions of its vectors, then to those whose first "
+        "`losses.matryoshka.dims` rank as all do; whole vectors compare as before",
     )
     scorers: tuple[str, ...] = Field((), description="teachers whose scores are learned; empty: all that are named")
     normalisation: Normalisation = Field("standard", description="how scores of several teachers meet, query by query")

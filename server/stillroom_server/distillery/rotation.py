@@ -8,6 +8,15 @@ trace. A sentence encoder's values are in no such order, its first d are worth w
 inner products, in which the mean counts. Principal directions of sentence vectors as initial weights of a smaller `Dense` are
 an old recipe of Sentence Transformers' `model_distillation`; here no dimension is left out, and cutting is up to the reader.
 
+Squared length is not ranking. Where lengths d that vectors will be cut to are known, U is turned on from there (`ranked`), over
+batches of texts q and of others C, by gradient descent on
+
+    sum over d of KL( softmax(C q / T) || softmax(C_d q_d / T) )        x_d: the first d of U^T x, as a unit vector
+
+in which U is the orthogonal factor of a QR decomposition: its first d columns span what the first d of any matrix do, so all
+lengths are learned together and U stays orthogonal. Within what two neighbouring lengths have between them, directions are then
+principal ones again.
+
 The document tower is the teacher with U^T as a last linear layer; a student cut from it begins with that layer too, and
 learns it further: on export it is folded into the states of tokens (`students/export.py`).
 
@@ -15,6 +24,7 @@ learns it further: on export it is folded into the states of tokens (`students/e
 |---|---|
 | no texts | `DataError` |
 | texts that no loss reads, so that nobody embedded them (NaN) | left out; they stay NaN |
+| fewer than three texts to rank | principal directions stay |
 | fewer texts than values, equal eigenvalues | U is orthogonal; within such directions any basis is as good |
 | vectors of float16 | moments in float64, products in float32, stored as they were |
 | the teacher does not normalise | the document tower does: so were the vectors |
@@ -25,7 +35,7 @@ learns it further: on export it is folded into the states of tokens (`students/e
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -36,6 +46,7 @@ from numpy.typing import NDArray
 from sentence_transformers import MultiVectorEncoder, SentenceTransformer
 from sentence_transformers.base.modules import Dense, Normalize
 from torch import Tensor, nn
+from torch.nn.functional import kl_div, normalize
 
 from stillroom_server.distillery.arrays import new_array, open_array
 from stillroom_server.distillery.students.towers import principal_directions
@@ -44,6 +55,10 @@ from stillroom_shared.errors import DataError
 
 _BLOCK = 8_192
 """Vectors that are held at once."""
+_RANKED, _LEAST_RANKED = 49_152, 3
+"""Texts that `Rotation.ranked` looks at, and the fewest that can be ranked."""
+_STEPS, _QUERIES, _PASSAGES, _RATE, _TEMPERATURE = 300, 512, 4_096, 2e-3, 0.05
+"""Of its descent, chosen on train queries (docs/figures.md)."""
 Progress = Callable[[int, int], None]
 
 
@@ -58,7 +73,7 @@ class Rotation:
 
     Attributes:
         directions: the principal ones as columns, (dim, dim) float64.
-        lengths: squared length of all texts along each, (dim,) float64, falling.
+        lengths: squared length of all texts along each, (dim,) float64; of principal directions falling.
     """
 
     directions: NDArray[np.float64]
@@ -77,6 +92,43 @@ class Rotation:
             raise DataError("there are no vectors to find directions of: the lessons have no texts, add data.sources")
         values, directions = principal_directions(torch.from_numpy(moments))
         return cls(directions.contiguous().numpy(), values.numpy().clip(min=0))
+
+    def ranked(
+        self,
+        vectors: NDArray[Any],
+        dims: Sequence[int],
+        *,
+        seed: int = 0,
+        progress: Progress = lambda done, total: None,
+    ) -> Rotation:
+        """Turned on, so that vectors cut to these lengths rank as whole ones do; itself when nothing is shorter.
+
+        Args:
+            vectors: those that it was made of, (n, dim).
+            dims: lengths, ascending or not.
+            seed: of which texts are ranked, and in which batches.
+        """
+        size = len(self.lengths)
+        cuts = sorted({count for count in dims if count < size})
+        random = np.random.default_rng(seed)
+        chosen = np.sort(random.permutation(len(vectors))[:_RANKED])
+        texts = np.asarray(vectors[chosen], np.float32)
+        texts = random.permutation(texts[~np.isnan(texts).any(1)])
+        if not cuts or len(texts) < _LEAST_RANKED:
+            return self
+        directions = _ranking_directions(self.directions, torch.from_numpy(texts), cuts, random, progress)
+        moments = (self.directions * self.lengths) @ self.directions.T
+        return Rotation._of_blocks(directions, moments, cuts)
+
+    @classmethod
+    def _of_blocks(cls, directions: NDArray[np.float64], moments: NDArray[np.float64], cuts: Sequence[int]) -> Rotation:
+        """The same spans of first values, with principal directions within each block."""
+        blocks, lengths = [], []
+        for block in np.split(directions, cuts, axis=1):
+            held, inner = principal_directions(torch.from_numpy(block.T @ moments @ block))
+            blocks.append(block @ inner.numpy())
+            lengths.append(held.numpy().clip(min=0))
+        return cls(np.ascontiguousarray(np.hstack(blocks)), np.hstack(lengths))
 
     @classmethod
     def open(cls, path: Path) -> Self:
@@ -99,6 +151,35 @@ class Rotation:
     def shares(self, counts: Iterable[int]) -> dict[str, float]:
         """`share` by count, of those below the dimension, ascending."""
         return {str(count): self.share(count) for count in sorted(set(counts)) if count < len(self.lengths)}
+
+
+def _ranking_directions(
+    start: NDArray[np.float64], texts: Tensor, cuts: Sequence[int], random: np.random.Generator, progress: Progress
+) -> NDArray[np.float64]:
+    """Columns whose first so many rank these texts as all do, (dim, dim); see the top of this module."""
+    asked, others = texts[: len(texts) // 3], texts[len(texts) // 3 :]
+    weights = torch.from_numpy(start).float().requires_grad_()
+    optimizer = torch.optim.Adam([weights], lr=_RATE)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, _STEPS)
+    for step in range(_STEPS):
+        queries, passages = (
+            one[torch.from_numpy(random.integers(0, len(one), min(most, len(one))))]
+            for one, most in ((asked, _QUERIES), (others, _PASSAGES))
+        )
+        wanted = torch.log_softmax(queries @ passages.T / _TEMPERATURE, 1)
+        basis = torch.linalg.qr(weights)[0]
+        turned, beside = queries @ basis, passages @ basis
+        loss = torch.zeros(())
+        for cut in cuts:
+            scores = normalize(turned[:, :cut], dim=1) @ normalize(beside[:, :cut], dim=1).T
+            found = torch.log_softmax(scores / _TEMPERATURE, 1)
+            loss = loss + kl_div(found, wanted, reduction="batchmean", log_target=True)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        schedule.step()
+        progress(step + 1, _STEPS)
+    return np.asarray(torch.linalg.qr(weights.detach().double())[0].numpy())
 
 
 def rotate_array(

@@ -139,6 +139,7 @@ class Run:
     def _rotate(self, stage: Stage) -> None:
         vectors = open_array(self.out / "vectors.npy")
         rotation = Rotation.of(vectors, lambda done, total: stage(done, 2 * total))
+        rotation = rotation.ranked(vectors, self.recipe.losses.matryoshka.dims, seed=self.recipe.seed)
         rotation.save(self.out / "rotation.npz")
         rotate_array(rotation, vectors, self.out / "rotated.npy", lambda done, total: stage(total + done, 2 * total))
         shutil.rmtree(self.out / DOCUMENTS, ignore_errors=True)

@@ -101,7 +101,7 @@ def stage_keys(recipe: Recipe) -> dict[str, str]:
         "lessons": [said["data"], said["seed"], recipe.documents, minds, _contents(recipe)],
         "teach": said["teach"],
         "vectors": [minds, recipe.documents, recipe.embedded],
-        "rotate": said["rotate"],
+        "rotate": [said["rotate"], said["losses"]["matryoshka"]["dims"]],
         "scores": [teachers, recipe.scoring, recipe.normalisation, recipe.normalises_one],
         "search": [said[part] for part in ("architecture", "student", "training", "seed")],
         "train": [*(said[part] for part in ("student", "losses", "training", "pruning", "seed", "begins")), *tokens],

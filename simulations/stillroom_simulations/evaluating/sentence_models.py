@@ -176,7 +176,10 @@ def _refusal(name: str, error: Exception) -> str:
 
 
 def _identity(model: BaseModel) -> str:
-    """Weights, configuration of every part, prompts, tokenizer and text limits."""
+    """Weights, configuration of every part, prompts, tokenizer and text limits.
+
+    How a tokenizer was last told to cut and pad is not part of it: each call tells it anew.
+    """
     parts = [type(model).__name__, repr(model), json.dumps(model.prompts, sort_keys=True)]
     parts.append(str(getattr(model, "default_prompt_name", None)))
     for part in model.modules():
@@ -188,7 +191,10 @@ def _identity(model: BaseModel) -> str:
         parts += [str(getattr(part, name, None)) for name in _LIMITS]
     tokenizer: Any = getattr(model, "tokenizer", None)
     inner: Any = getattr(tokenizer, "backend_tokenizer", tokenizer)
-    parts.append(inner.to_str() if hasattr(inner, "to_str") else repr(inner))
+    if hasattr(inner, "to_str"):
+        parts.append(json.dumps(json.loads(inner.to_str()) | {"truncation": None, "padding": None}, sort_keys=True))
+    else:
+        parts.append(repr(inner))
     digest = hashlib.sha256(json.dumps(parts).encode())
     for name, value in sorted(model.state_dict().items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
