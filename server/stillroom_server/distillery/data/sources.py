@@ -32,11 +32,12 @@ from stillroom_server.distillery.data.wordnet import LICENCE, definitions, relea
 from stillroom_server.distillery.lessons import Lessons, LessonsWriter
 from stillroom_server.docstrings import STANDARD_LIBRARY, DocstringSource, docstring_corpus
 from stillroom_shared.beir import beir_files, read_judgements, read_lines
-from stillroom_shared.corpus import normalize
+from stillroom_shared.corpus import Corpus, normalize
 from stillroom_shared.errors import DataError
 
 Progress = Callable[[int, int], None]
 Facts = dict[str, Any]
+_LAST: dict[DocstringSource, Corpus] = {}
 
 
 def gather(
@@ -146,8 +147,7 @@ def _huggingface(settings: SourceSettings, intake: Intake, seed: int, progress: 
 
 
 def _docstrings(settings: SourceSettings, intake: Intake, seed: int, progress: Progress) -> Facts:
-    source = DocstringSource(name=settings.title, public=settings.packages, private=())
-    corpus = docstring_corpus(source, workers=1, progress=progress)
+    corpus = _parsed(DocstringSource(name=settings.title, public=settings.packages, private=()), progress)
     text = {passage.id: passage.full_text for passage in corpus.passages}
 
     def rows() -> Iterator[Row]:
@@ -159,6 +159,15 @@ def _docstrings(settings: SourceSettings, intake: Intake, seed: int, progress: P
 
     _take(_sampled(rows(), settings, seed), intake)
     return {**_packages(settings), "corpus": corpus.content_hash}
+
+
+def _parsed(source: DocstringSource, progress: Progress) -> Corpus:
+    """The corpus; the last one stays, for a process that makes one recipe after another: to parse it takes most of a minute."""
+    if source not in _LAST:
+        found = docstring_corpus(source, workers=1, progress=progress)
+        _LAST.clear()
+        _LAST[source] = found
+    return _LAST[source]
 
 
 def _documentation(settings: SourceSettings, intake: Intake, seed: int, progress: Progress) -> Facts:
