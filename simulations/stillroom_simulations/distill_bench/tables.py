@@ -187,7 +187,7 @@ def _context(benchmark: Mapping[str, Any]) -> Iterator[str]:
     yield (
         f"Data sets {sets}; {seeds} seed{'s' * (seeds != 1)}; {benchmark['machine']}. MB are those of the model that a query "
         "needs; p50 is of one query on one core, search over all passages included; torch is float32, float32 and int8 run "
-        "through ONNX Runtime. Seconds are those of teaching, searching, training and exporting, of the models that an arm goes on "
+        "through ONNX Runtime. Seconds are those of teaching, searching, training and exporting, of models that an arm goes on "
         "from too; a cross-encoder that is taught is taught once and serves all seeds."
     )
     if "rates.ours" in rates:
