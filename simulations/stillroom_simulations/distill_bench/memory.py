@@ -39,8 +39,8 @@ _WORDS = 5_000
 _STATUS = Path("/proc/self/status")
 _WATCHED_EVERY = 0.005
 _RUNS = {"training": 3}
-"""Times that a stage is run; the least peak counts. What steps allocate and free lies differently in memory each time, by tens of
-megabytes, which is more than what a text more costs."""
+"""Times that a stage is run; the least peak counts. What steps allocate and free lies differently in memory each time, by tens
+of megabytes, which is more than what a text more costs."""
 
 
 def measure_memory(settings: MemorySettings, folder: Path, console: Console) -> dict[str, dict[str, Any]]:
