@@ -49,6 +49,7 @@ class Learning(Group):
     docstrings: int | None = Field(None, ge=0, description="most queries of docstrings; 0: none are read; none: all")
     documentation: int = Field(0, ge=0, description="most passages of installed documentation; 0: none are read")
     wordnet: int = Field(0, ge=0, description="most definitions of WordNet, where it is installed; 0: none are read")
+    questions: int = Field(0, ge=0, description="questions that are made about its words; 0: none are")
     queries: int | None = Field(None, ge=1, description="most queries of each data set")
     passages: int | None = Field(None, ge=0, description="most passages of each data set beside those of its queries")
 
@@ -207,6 +208,8 @@ class Public:
             yield SourceSettings(kind="documentation", use="passages", packages=packages, passages=limit)
         if learning.wordnet:
             yield SourceSettings(kind="wordnet", use="queries", queries=learning.wordnet)
+        if learning.questions:
+            yield SourceSettings(kind="questions", use="queries", queries=learning.questions)
 
     def _sets(self, learning: Learning, out: Path | None) -> Iterator[SourceSettings]:
         passages = learning.passages if self.passages is None else self.passages

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
+import re
 import sys
 import tracemalloc
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,7 @@ from stillroom_server.distillery.data import huggingface
 from stillroom_server.distillery.data.documentation import headed, sections
 from stillroom_server.distillery.data.intake import Intake
 from stillroom_server.distillery.data.leakage import Excluded, excluded
+from stillroom_server.distillery.data.questions import read_words
 from stillroom_server.distillery.data.sampling import sample
 from stillroom_server.distillery.data.settings import DataSettings, ExcludeSettings, SourceSettings
 from stillroom_server.distillery.data.sources import content_key, gather
@@ -365,3 +367,47 @@ def test_wordnet_that_is_not_there_or_not_whole_is_refused(wordnet: Path, tmp_pa
         read(source, tmp_path / "missing")
     with pytest.raises(ValueError, match="set use to queries"):
         SourceSettings(kind="wordnet")
+
+
+def indexed(folder: Path) -> Path:
+    """The three indexes of words, with pointers of varying number before the counts that are read."""
+    entries = {
+        "noun": [
+            "breakbone_fever n 1 1 @ 1 0 00001740",
+            "use n 2 3 @ ~ + 2 7 00001740 00001741",
+            "ax n 1 0 1 2 00001740",
+        ],
+        "verb": ["feed v 1 2 @ ~ 1 1 00001741", "give_up v 1 1 @ 1 1 00001741"],
+        "adj": ["shy a 1 1 & 1 1 00001742"],
+    }
+    for part, lines in entries.items():
+        (folder / f"index.{part}").write_text(LICENSED + "\n".join(lines) + "\n")
+    return folder
+
+
+def test_questions_put_words_of_the_dictionary_into_frames(wordnet: Path, tmp_path: Path) -> None:
+    """Counts read from the wrong field would make attributes of words that nobody uses; two runs must make the same."""
+    indexed(wordnet)
+    words = read_words(wordnet)
+    assert words.things == ["breakbone fever", "use", "ax"] and words.acts == ["feed"] and words.qualities == ["shy"]
+    (wordnet / "index.noun").write_text((wordnet / "index.noun").read_text() + "cause n 1 1 @ 1 3 00001740\n")
+    assert read_words(wordnet).attributes == ["cause"]  # used, a single word, longer than three letters
+    source = SourceSettings(kind="questions", data=str(wordnet), use="queries", queries=20)
+    found, again = (queries(read(source, tmp_path / name)) for name in ("one", "two"))
+    assert found == again and len(found) == 20
+    assert all(re.search("breakbone fever|use|ax|cause", text) for text in found)
+    assert {text.split()[0].lower() for text in found} >= {"what", "how", "is", "where", "why"}
+    other = queries(read(source, tmp_path / "three", seed=1))
+    assert other != found
+
+
+def test_questions_without_words_or_number_are_refused(wordnet: Path, tmp_path: Path) -> None:
+    """An endless stream, or frames with nothing in them."""
+    with pytest.raises(ValueError, match="queries to how many"):
+        SourceSettings(kind="questions", use="queries")
+    source = SourceSettings(kind="questions", data=str(wordnet), use="queries", queries=20)
+    with pytest.raises(DataError, match=r"no index\.noun: install WordNet"):
+        read(source, tmp_path / "missing")
+    (indexed(wordnet) / "index.verb").write_text("feed v one\n")
+    with pytest.raises(DataError, match=r"index\.verb:1: not an entry"):
+        read(source, tmp_path / "malformed")

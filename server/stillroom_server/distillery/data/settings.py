@@ -20,7 +20,7 @@ from stillroom_server.docstrings import FULL
 from stillroom_shared.settings_file import Group
 
 HomePath = Annotated[Path, AfterValidator(Path.expanduser)]
-SourceKind = Literal["beir", "huggingface", "docstrings", "documentation", "wordnet"]
+SourceKind = Literal["beir", "huggingface", "docstrings", "documentation", "wordnet", "questions"]
 Use = Literal["pairs", "passages", "queries"]
 Maker = Literal["seq2seq", "llm", "crop", "sentence", "title", "summary"]
 
@@ -67,6 +67,8 @@ class SourceSettings(Group):
             raise ValueError(
                 f"use {self.use}: definitions are as short as queries and judge nothing, set use to queries"
             )
+        if self.kind == "questions" and (self.use != "queries" or self.queries is None):
+            raise ValueError("questions are made, without passages: set use to queries, and queries to how many")
         if self.kind == "huggingface" and self.use != "passages" and self.split.partition("[")[0] == "test":
             raise ValueError(f"split {self.split}: test queries are never learned from, set use to passages")
         return self

@@ -7,6 +7,7 @@
 | docstrings | bodies | summary lines of these splits (a hash of the query) | a summary belongs to its body |
 | documentation | sections of shipped texts (`documentation`) | none | none |
 | wordnet | none | sets of synonyms with their definitions (`wordnet`) | none |
+| questions | none | frames with WordNet's words in them (`questions`) | none |
 
 Memory: of a BEIR folder the ids of queries that are learned from and of their passages are held, texts are not. What is known
 about a source (licence, versions or revision, counts, a hash of its content) ends up in the release's manifest.
@@ -25,6 +26,7 @@ from stillroom_server.distillery.data.documentation import sections
 from stillroom_server.distillery.data.huggingface import Row, opened
 from stillroom_server.distillery.data.intake import Intake
 from stillroom_server.distillery.data.leakage import Excluded
+from stillroom_server.distillery.data.questions import questions, read_words
 from stillroom_server.distillery.data.sampling import sample
 from stillroom_server.distillery.data.settings import SourceSettings
 from stillroom_server.distillery.data.wordnet import FOLDER as WORDNET
@@ -189,9 +191,19 @@ def _wordnet(settings: SourceSettings, intake: Intake, seed: int, progress: Prog
     return {"release": release(folder), "licence": settings.licence or LICENCE}
 
 
+def _questions(settings: SourceSettings, intake: Intake, seed: int, progress: Progress) -> Facts:
+    folder, count = _folder(settings), settings.queries or 0
+    for number, text in enumerate(questions(read_words(folder), count, seed=seed), start=1):
+        progress(number, count)
+        intake.query(text)
+    return {"release": release(folder), "licence": settings.licence or LICENCE}
+
+
 def _folder(settings: SourceSettings) -> Path:
     """Where a source of files lies."""
-    return Path(settings.data).expanduser() if settings.data or settings.kind != "wordnet" else WORDNET
+    return (
+        Path(settings.data).expanduser() if settings.data or settings.kind not in ("wordnet", "questions") else WORDNET
+    )
 
 
 def _sampled(rows: Iterator[Row], settings: SourceSettings, seed: int) -> Iterator[Row]:
@@ -247,4 +259,5 @@ _READERS: dict[str, Callable[[SourceSettings, Intake, int, Progress], Facts]] = 
     "docstrings": _docstrings,
     "documentation": _documentation,
     "wordnet": _wordnet,
+    "questions": _questions,
 }

