@@ -247,7 +247,8 @@ def test_two_data_sets_of_one_name_are_refused(asked: Asked, tmp_path: Path) -> 
 
 def own_seconds(folder: Path) -> float:
     """Of training and exporting, without what was done for the model that it goes on from."""
-    return sum(json.loads((folder / ".stages" / f"{one}.json").read_text())["seconds"] for one in ("train", "export"))
+    stages = (json.loads((folder / ".stages" / f"{one}.json").read_text()) for one in ("train", "export"))
+    return sum(float(one["seconds"]) for one in stages)
 
 
 def measured(asked: Asked, place: str, title: str, name: str) -> Any:
