@@ -84,8 +84,21 @@ class Stage:
 
     def __call__(self, done: int, total: int) -> None:
         """Show that `done` of `total` is done."""
-        self.fraction = done / total if total else 1.0
-        self._show(self.fraction)
+        self.part(0, 1)(done, total)
+
+    def part(self, begins: float, ends: float) -> Callable[[int, int], None]:
+        """What shows (done, total) of a part of the stage, which lies between these fractions of it.
+
+        >>> stage = Stage(print)
+        >>> stage.part(0.5, 0.75)(1, 2)
+        0.625
+        """
+
+        def show(done: int, total: int) -> None:
+            self.fraction = begins + (ends - begins) * (done / total if total else 1.0)
+            self._show(self.fraction)
+
+        return show
 
     def note(self, remark: str, *, cached: bool = False) -> None:
         """Put a remark on the stage's line; `cached` keeps its time out of the estimate."""

@@ -30,6 +30,19 @@ def key_of(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:20]
 
 
+def content_key(path: Path) -> str:
+    """A hash of a file, or of all files of a folder with their names in it: the same wherever it lies and whenever it was
+    written, so that a copy stands for what it was copied from.
+    """
+    digest = hashlib.sha256()
+    for one in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if one.is_file():
+            digest.update(f"{one.relative_to(path)} {one.stat().st_size}".encode())
+            with one.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
 @dataclass(frozen=True)
 class Workspace:
     """A run's folder.

@@ -17,7 +17,7 @@ from types import MappingProxyType
 from typing import Any
 
 from stillroom_server.distillery.data.settings import SourceSettings
-from stillroom_server.distillery.data.sources import content_key
+from stillroom_server.distillery.data.sources import source_key
 from stillroom_server.distillery.lessons import Lessons
 from stillroom_server.distillery.losses.needs import needs
 from stillroom_server.distillery.recipe import TAUGHT, Recipe
@@ -43,6 +43,8 @@ _A_SECOND: Mapping[str, float] = MappingProxyType(
 )
 """Pairs, texts or reads of a text that a stage does in a second, a guess for small models on two cores: this machine's pace,
 and a stage's own rate once it runs, correct it."""
+_RANKING = 60.0
+"""Seconds in which a rotation comes to rank, however many lessons there are."""
 OUTPUTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "lessons": ("lessons",),
@@ -70,7 +72,7 @@ def planned(recipe: Recipe) -> list[str]:
     return [name for name in STAGES if wanted.get(name, True)]
 
 
-def expected(recipe: Recipe, lessons: Lessons) -> dict[str, float | None]:
+def expected(recipe: Recipe, lessons: Lessons) -> dict[str, float]:
     """Seconds of the stages whose work lessons decide, roughly. Unknown (None) stays how long a search takes."""
     listed = lessons.lists * lessons.candidates
     own = recipe.student.kind in ("tower", "static")
@@ -86,7 +88,10 @@ def expected(recipe: Recipe, lessons: Lessons) -> dict[str, float | None]:
         "scores": listed * len(recipe.scoring),
         "train": learned * recipe.training.epochs * rounds,
     }
-    return {name: amount / _A_SECOND[name] for name, amount in amounts.items()}
+    seconds = {name: amount / _A_SECOND[name] for name, amount in amounts.items()}
+    if recipe.losses.matryoshka.dims:
+        seconds["rotate"] += _RANKING
+    return seconds
 
 
 def stage_keys(recipe: Recipe) -> dict[str, str]:
@@ -121,4 +126,4 @@ def _contents(recipe: Recipe) -> list[str]:
     models += [one.model for one in recipe.teachers.values()]
     folders = [*data.exclude.folders, *(name for name in models if name not in ("", OFFLINE, TAUGHT))]
     named = [SourceSettings(kind="beir", data=str(folder)) for folder in folders]
-    return [content_key(one) for one in (*data.sources, *named)]
+    return [source_key(one) for one in (*data.sources, *named)]

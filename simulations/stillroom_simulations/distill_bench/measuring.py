@@ -20,7 +20,6 @@ HOW is `torch`, `float32` or `int8` (both through ONNX Runtime), and `torch@128`
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -40,7 +39,7 @@ from stillroom_server.distillery.stages import STAGES, planned
 from stillroom_server.teacher import folder_of, load_teacher
 from stillroom_shared.corpus import Corpus
 from stillroom_shared.progress import Progress
-from stillroom_shared.workspace import Workspace, key_of
+from stillroom_shared.workspace import Workspace, content_key, key_of
 from stillroom_simulations.distill_bench.arms import Arm, Public, Studies
 from stillroom_simulations.evaluating.run import Choices, evaluate_models, queries_of
 from stillroom_simulations.evaluating.values import OnSet
@@ -87,7 +86,7 @@ class Bench:
         recipe, folder = arm.of_seed(seed, taught, begun.model if begun else None), arm.folder(self.folder, seed)
         self.console.print(f"{arm.title}, seed {seed}: {folder}", markup=False)
         run = self._run(recipe, folder)
-        if arm.settings.untrained and _stale(folder / "untrained", key := _content(folder / "student")):
+        if arm.settings.untrained and _stale(folder / "untrained", key := content_key(folder / "student")):
             run.untrained().save_pretrained(str(folder / "untrained"), create_model_card=False)
             (folder / "untrained" / "of.txt").write_text(key)
         return Made(arm=arm, recipe=recipe, folder=folder, teachers=self.folder / "teachers", begun=begun)
@@ -160,7 +159,7 @@ class Made:
         folders = [self.model, self.folder / "untrained", Path(folder_of(self.teacher))]
         if self.recipe.student.kind == "reranker":
             folders.append(Path(folder_of(self.arm.settings.first)))
-        return [_content(one) for one in folders if one.is_dir()]
+        return [content_key(one) for one in folders if one.is_dir()]
 
     @property
     def teacher(self) -> str:
@@ -216,7 +215,7 @@ def system_of(
 
 def _shipped(source: Path, target: Path, *, cross: bool) -> Path:
     """A teacher's folder with ONNX files, as a student's is written."""
-    if _stale(target, key := _content(source)):
+    if _stale(target, key := content_key(source)):
         shutil.rmtree(target, ignore_errors=True)
         model = CrossEncoder(str(source), device="cpu", local_files_only=True) if cross else load_teacher(str(source))
         export_model(
@@ -236,16 +235,6 @@ def _stale(folder: Path, key: str) -> bool:
     """Whether a folder is not there, or was made of something else."""
     stamp = folder / "of.txt"
     return not stamp.is_file() or stamp.read_text() != key
-
-
-def _content(folder: Path) -> str:
-    """A hash of all files of a folder, with their names."""
-    digest = hashlib.sha256()
-    for path in sorted(one for one in folder.rglob("*") if one.is_file()):
-        digest.update(f"{path.relative_to(folder)} {path.stat().st_size}".encode())
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
 
 
 def _fewer(corpus: Corpus, most: int | None) -> Corpus:

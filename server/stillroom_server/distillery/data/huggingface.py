@@ -17,7 +17,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from datasets import IterableDataset, load_dataset
 
 from stillroom_server.distillery.data.settings import SourceSettings
 from stillroom_shared.errors import DataError
+from stillroom_shared.workspace import content_key
 
 _BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
@@ -71,11 +71,11 @@ def _located(settings: SourceSettings) -> tuple[str, dict[str, Any], dict[str, A
     if path.is_file():
         if path.suffix not in _BUILDERS:
             raise DataError(f"{path} is not one of {', '.join(_BUILDERS)}: convert it")
-        return _BUILDERS[path.suffix], {"data_files": str(path)}, {"files": _hash_of([path])}
+        return _BUILDERS[path.suffix], {"data_files": str(path)}, {"files": content_key(path)}
     if path.is_dir():
         if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
             raise DataError(f"{path} was written by save_to_disk: write it with to_parquet or to_json instead")
-        return str(path), subset, {"files": _hash_of(sorted(p for p in path.rglob("*") if p.is_file()))}
+        return str(path), subset, {"files": content_key(path)}
     revision, licence = _on_the_hub(settings)
     recorded = {"data_set": settings.data, "revision": revision, **({"licence": licence} if licence else {})}
     return settings.data, {**subset, "revision": revision}, recorded
@@ -93,14 +93,6 @@ def _on_the_hub(settings: SourceSettings) -> tuple[str, str]:
             f"({type(error).__name__}: {error}): check the name and the network, or give a folder"
         ) from error
     return str(info.sha), settings.licence or str(getattr(info.card_data, "license", None) or "")
-
-
-def _hash_of(paths: list[Path]) -> str:
-    digest = hashlib.sha256()
-    for path in paths:
-        with path.open("rb") as file:
-            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
 
 
 def _columns(settings: SourceSettings) -> dict[str, str]:

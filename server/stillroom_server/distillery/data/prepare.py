@@ -49,7 +49,7 @@ from stillroom_server.distillery.data.merging import (
 from stillroom_server.distillery.data.negatives import Mined, mine
 from stillroom_server.distillery.data.roundtrip import ranks
 from stillroom_server.distillery.data.settings import DataSettings, SourceSettings
-from stillroom_server.distillery.data.sources import content_key, gather
+from stillroom_server.distillery.data.sources import gather, source_key
 from stillroom_server.distillery.data.synthetic import chosen_passages, made_queries, maker
 from stillroom_server.distillery.lessons import Lessons, LessonsWriter
 from stillroom_server.distillery.teachers.base import Embedder, Teacher
@@ -116,7 +116,7 @@ class _Preparation:
     @cached_property
     def _content(self) -> list[str]:
         folders = [SourceSettings(kind="beir", data=str(folder)) for folder in self.settings.exclude.folders]
-        return [content_key(source) for source in (*self.settings.sources, *folders)]
+        return [source_key(source) for source in (*self.settings.sources, *folders)]
 
     @cached_property
     def _work(self) -> Path:

@@ -26,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 
-from stillroom_server.distillery.data.wordnet import INSTALL
+from stillroom_server.distillery.data.wordnet import entries
 from stillroom_shared.errors import DataError
 
 FRAMES = (
@@ -101,28 +101,23 @@ def plural(noun: str) -> str:
 
 def read_words(folder: Path) -> Words:
     """Words of the three indexes. Raises `DataError`."""
-    nouns = list(_index(folder / "index.noun"))
+    nouns = list(_index(folder, "noun"))
     return Words(
         things=[word for word, _ in nouns],
         attributes=[word for word, tagged in nouns if tagged and word.isalpha() and len(word) >= _LEAST_ATTRIBUTE],
-        acts=[word for word, _ in _index(folder / "index.verb") if " " not in word],
-        qualities=[word for word, _ in _index(folder / "index.adj") if " " not in word],
+        acts=[word for word, _ in _index(folder, "verb") if " " not in word],
+        qualities=[word for word, _ in _index(folder, "adj") if " " not in word],
     )
 
 
-def _index(path: Path) -> Iterator[tuple[str, bool]]:
+def _index(folder: Path, part: str) -> Iterator[tuple[str, bool]]:
     """Each word with whether tagged texts use it."""
-    if not path.is_file():
-        raise DataError(f"{path.parent} has no {path.name}: {INSTALL}")
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.startswith(" "):  # the licence
-                continue
-            fields = line.split()
-            try:
-                pointers = int(fields[3])
-                yield fields[0].replace("_", " "), int(fields[5 + pointers]) > 0
-            except (IndexError, ValueError) as error:
-                raise DataError(
-                    f"{path}:{number}: not an entry of WordNet's index, {line[:40]!r}: take the files as they were released"
-                ) from error
+    for line, where in entries(folder, [f"index.{part}"]):
+        fields = line.split()
+        try:
+            pointers = int(fields[3])
+            yield fields[0].replace("_", " "), int(fields[5 + pointers]) > 0
+        except (IndexError, ValueError) as error:
+            raise DataError(
+                f"{where}: not an entry of WordNet's index, {line[:40]!r}: take the files as they were released"
+            ) from error

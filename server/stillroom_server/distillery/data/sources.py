@@ -36,10 +36,12 @@ from stillroom_server.docstrings import STANDARD_LIBRARY, DocstringSource, docst
 from stillroom_shared.beir import beir_files, read_judgements, read_lines
 from stillroom_shared.corpus import Corpus, normalize
 from stillroom_shared.errors import DataError
+from stillroom_shared.workspace import content_key
 
 Progress = Callable[[int, int], None]
 Facts = dict[str, Any]
 _LAST: dict[DocstringSource, Corpus] = {}
+"""The docstrings that were read last (`_parsed`)."""
 
 
 def gather(
@@ -73,14 +75,13 @@ def gather(
     return Lessons.open(folder)
 
 
-def content_key(settings: SourceSettings) -> str:
-    """Changes when what a local source reads from does: sizes and times of files, versions of packages."""
+def source_key(settings: SourceSettings) -> str:
+    """Changes when what a local source reads from does: content of files, versions of packages."""
     digest = hashlib.sha256(settings.model_dump_json().encode())
     if settings.kind in ("docstrings", "documentation"):
         digest.update(repr(_versions(settings.packages)).encode())
     elif (folder := _folder(settings)).exists():
-        for path in sorted(folder.rglob("*")) if folder.is_dir() else [folder]:
-            digest.update(f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}\n".encode())
+        digest.update(content_key(folder).encode())
     return digest.hexdigest()[:16]
 
 
@@ -188,22 +189,25 @@ def _wordnet(settings: SourceSettings, intake: Intake, seed: int, progress: Prog
             yield Row(text, (), ())
 
     _take(_sampled(rows(), settings, seed), intake)
-    return {"release": release(folder), "licence": settings.licence or LICENCE}
+    return _released(settings)
 
 
 def _questions(settings: SourceSettings, intake: Intake, seed: int, progress: Progress) -> Facts:
-    folder, count = _folder(settings), settings.queries or 0
-    for number, text in enumerate(questions(read_words(folder), count, seed=seed), start=1):
+    count = settings.queries
+    assert count is not None  # `SourceSettings` asks for it
+    for number, text in enumerate(questions(read_words(_folder(settings)), count, seed=seed), start=1):
         progress(number, count)
         intake.query(text)
-    return {"release": release(folder), "licence": settings.licence or LICENCE}
+    return _released(settings)
+
+
+def _released(settings: SourceSettings) -> Facts:
+    return {"release": release(_folder(settings)), "licence": settings.licence or LICENCE}
 
 
 def _folder(settings: SourceSettings) -> Path:
     """Where a source of files lies."""
-    return (
-        Path(settings.data).expanduser() if settings.data or settings.kind not in ("wordnet", "questions") else WORDNET
-    )
+    return Path(settings.data).expanduser() if settings.data else WORDNET
 
 
 def _sampled(rows: Iterator[Row], settings: SourceSettings, seed: int) -> Iterator[Row]:

