@@ -49,7 +49,7 @@ from torch import Tensor, nn
 from torch.nn.functional import kl_div, normalize
 
 from stillroom_server.distillery.arrays import new_array, open_array
-from stillroom_server.distillery.students.towers import principal_directions
+from stillroom_server.distillery.students.towers import linear_of, principal_directions
 from stillroom_server.distillery.teachers.settings import TeacherSettings
 from stillroom_shared.errors import DataError
 
@@ -110,11 +110,13 @@ class Rotation:
         """
         size = len(self.lengths)
         cuts = sorted({count for count in dims if count < size})
+        if not cuts:
+            return self
         random = np.random.default_rng(seed)
-        chosen = np.sort(random.permutation(len(vectors))[:_RANKED])
+        chosen = np.sort(random.permutation(len(vectors))[:_RANKED])  # in order: one sweep over the mapped file
         texts = np.asarray(vectors[chosen], np.float32)
         texts = random.permutation(texts[~np.isnan(texts).any(1)])
-        if not cuts or len(texts) < _LEAST_RANKED:
+        if len(texts) < _LEAST_RANKED:
             return self
         directions = _ranking_directions(self.directions, torch.from_numpy(texts), cuts, random, progress)
         moments = (self.directions * self.lengths) @ self.directions.T
@@ -200,7 +202,7 @@ def rotated_model(model: SentenceTransformer, rotation: Rotation) -> SentenceTra
         turned.append(Normalize())
     last = turned[-2]
     weight = torch.from_numpy(rotation.directions.T.copy())
-    if isinstance(last, Dense) and isinstance(last.activation_function, nn.Identity) and not last.use_residual:
+    if isinstance(last, Dense) and linear_of(last):
         last.linear = _followed(last.linear, weight)
     else:
         size = len(weight)

@@ -138,10 +138,12 @@ class Run:
 
     def _rotate(self, stage: Stage) -> None:
         vectors = open_array(self.out / "vectors.npy")
-        rotation = Rotation.of(vectors, lambda done, total: stage(done, 2 * total))
-        rotation = rotation.ranked(vectors, self.recipe.losses.matryoshka.dims, seed=self.recipe.seed)
+        dims = self.recipe.losses.matryoshka.dims
+        begins, ends = (0.1, 0.9) if dims else (0.5, 0.5)  # of ranking, which takes a minute, the others seconds
+        rotation = Rotation.of(vectors, stage.part(0, begins))
+        rotation = rotation.ranked(vectors, dims, seed=self.recipe.seed, progress=stage.part(begins, ends))
         rotation.save(self.out / "rotation.npz")
-        rotate_array(rotation, vectors, self.out / "rotated.npy", lambda done, total: stage(total + done, 2 * total))
+        rotate_array(rotation, vectors, self.out / "rotated.npy", stage.part(ends, 1))
         shutil.rmtree(self.out / DOCUMENTS, ignore_errors=True)
         embedder = self._faculty.embedder
         tower = document_tower(embedder.model, embedder.settings, rotation)

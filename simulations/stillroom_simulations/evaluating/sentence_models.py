@@ -30,6 +30,7 @@ from sentence_transformers.util import load_file_path
 from torch import nn
 
 import stillroom_server.distillery.students.shaped  # noqa: F401  # `AutoModel` learns what pruned towers are
+from stillroom_server.distillery.students.towers import linear_of
 from stillroom_server.teacher import folder_of
 from stillroom_shared.errors import SettingsError
 from stillroom_simulations.evaluating.towers import Role, Tower
@@ -103,9 +104,8 @@ def _before_a_map(model: SentenceTransformer) -> tuple[SentenceTransformer, NDAr
     modules = list(model)
     last, whole = modules[-2] if len(modules) > 2 else None, model.truncate_dim is None
     unit = isinstance(modules[-1], Normalize) and model.similarity_fn_name == "cosine"
-    if not (unit and whole and isinstance(last, Dense) and isinstance(last.activation_function, nn.Identity)):
-        return model, None
-    if last.linear.bias is not None or last.use_residual or last.module_input_name != "sentence_embedding":
+    linear = linear_of(last) if unit and whole else None
+    if linear is None or linear.bias is not None or cast(Dense, last).module_input_name != "sentence_embedding":
         return model, None
     body = SentenceTransformer(
         modules=[*modules[:-2], modules[-1]],
@@ -114,7 +114,7 @@ def _before_a_map(model: SentenceTransformer) -> tuple[SentenceTransformer, NDAr
         default_prompt_name=model.default_prompt_name,
         similarity_fn_name=model.similarity_fn_name,
     )
-    return body, last.linear.weight.detach().cpu().numpy()
+    return body, linear.weight.detach().cpu().numpy()
 
 
 def sentence_scorer(loaded: Loaded) -> Callable[[str, Sequence[str]], NDArray[np.floating]]:

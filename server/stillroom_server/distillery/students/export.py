@@ -20,7 +20,7 @@ from pathlib import Path
 import onnx
 import torch
 from sentence_transformers import MultiVectorEncoder, SentenceTransformer
-from sentence_transformers.base.modules import Dense, Normalize
+from sentence_transformers.base.modules import Normalize
 from sentence_transformers.multi_vector_encoder.modules import MultiVectorMask
 from sentence_transformers.sentence_transformer.modules import Pooling, StaticEmbedding
 from torch import nn
@@ -28,7 +28,7 @@ from transformers import BertModel
 
 from stillroom_server.bert_graph import INPUTS, PROJECTION, Graph
 from stillroom_server.distillery.students.shaped import ShapedBertConfig, ShapedBertModel
-from stillroom_server.distillery.students.towers import bert_of
+from stillroom_server.distillery.students.towers import bert_of, linear_of
 from stillroom_server.export import OUTPUT, export
 from stillroom_shared.errors import ReleaseError
 
@@ -76,8 +76,8 @@ def _map(modules: list[nn.Module]) -> nn.Linear | None:
     if not maps:
         return None
     only = maps[0] if len(maps) == 1 else None
-    if isinstance(only, Dense) and not only.use_residual and isinstance(only.activation_function, nn.Identity):
-        return only.linear
+    if linear := linear_of(only):
+        return linear
     names = ", ".join(type(module).__name__ for module in maps)
     raise ReleaseError(f"after its pooling the student has {names}: only one linear Dense can be exported")
 

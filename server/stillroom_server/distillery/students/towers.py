@@ -21,10 +21,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from sentence_transformers import CrossEncoder, MultiVectorEncoder, SentenceTransformer
+from sentence_transformers.base.modules import Dense
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, BertModel, PreTrainedModel
 
@@ -59,6 +60,14 @@ def layers_of(tower: BertModel) -> list[Any]:
 def first_of(model: Model) -> Any:
     """What reads a text; Any for the same reason."""
     return model[0]
+
+
+def linear_of(module: object) -> nn.Linear | None:
+    """The map of a `Dense` that does nothing else; None of any other module."""
+    plain = (
+        isinstance(module, Dense) and isinstance(module.activation_function, nn.Identity) and not module.use_residual
+    )
+    return cast(Dense, module).linear if plain else None
 
 
 def with_tower(model: AnyModel, tower: BertModel) -> AnyModel:
