@@ -2,9 +2,9 @@
 
 | `text` | learned from | the arm is |
 |---|---|---|
-| `docstrings` | packages alone: docstrings, and where limits say so documentation and WordNet | one model |
+| `docstrings` | packages alone: docstrings; where limits say so documentation, WordNet, questions of its words | one model |
 | `labelled` | docstrings, and the train queries of the data sets with their passages | one model |
-| `others` | docstrings, documentation, and all that is public of the other data sets | a model for each set, measured on it |
+| `others` | packages, and all that is public of the other data sets | a model for each set, measured on it |
 
 A recipe without sources of its own, as data-free is, stays without. Whatever the text, queries that any set is measured on are
 taken out of it (`data.exclude`). Settings of the command line win over those of the file.
@@ -13,7 +13,7 @@ taken out of it (`data.exclude`). Settings of the command line win over those of
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -287,29 +287,12 @@ def arms(
     by_title = {f"{one.family}.{one.name}": one for one in studies.arms}
     for settings in studies.arms:
         if settings.family in families and (names is None or settings.name in names):
-            maker = by_title[settings.model_of] if settings.model_of else settings
-            before = _begun(maker, by_title, public, changes)
-            for one in _made(settings, maker, public, changes):
-                yield replace(one, continues=before)
+            yield from _made(settings, by_title, public, changes)
 
 
-def _begun(
-    maker: ArmSettings, by_title: Mapping[str, ArmSettings], public: Public, changes: Mapping[str, str]
-) -> Arm | None:
-    """The arm that this one goes on from, and the one before it."""
-    if not maker.continues:
-        return None
-    settings = by_title[maker.continues]
-    [arm, *more] = _made(settings, settings, public, changes)
-    if more:
-        raise SettingsError(
-            f"{maker.family}.{maker.name} continues {maker.continues}, which has a model for each set that is left out: "
-            "continue an arm of one model"
-        )
-    return replace(arm, continues=_begun(settings, by_title, public, changes))
-
-
-def _made(settings: ArmSettings, maker: ArmSettings, public: Public, changes: Mapping[str, str]) -> Iterator[Arm]:
+def _made(
+    settings: ArmSettings, by_title: Mapping[str, ArmSettings], public: Public, changes: Mapping[str, str]
+) -> Iterator[Arm]:
     every = {corpus.name: folder for folder, corpus in public.corpora.items()}
     if unknown := [name for name in settings.sets if name not in every]:
         raise SettingsError(
@@ -317,6 +300,20 @@ def _made(settings: ArmSettings, maker: ArmSettings, public: Public, changes: Ma
             "or leave the family out"
         )
     sets = settings.sets or tuple(every)
+    maker = by_title[settings.model_of] if settings.model_of else settings
+    before = [*_made(by_title[maker.continues], by_title, public, changes)] if maker.continues else []
+    if len(before) > 1:
+        raise SettingsError(
+            f"{maker.family}.{maker.name} continues {maker.continues}, which has a model for each set that is left out: "
+            "continue an arm of one model"
+        )
     for out in sets if maker.text == "others" else (None,):
         recipe = public.recipe(maker, changes, out=every[out] if out else None)
-        yield Arm(settings=settings, recipe=recipe, sets=(out,) if out else sets, out=out, maker=maker)
+        yield Arm(
+            settings=settings,
+            recipe=recipe,
+            sets=(out,) if out else sets,
+            out=out,
+            maker=maker,
+            continues=before[0] if before else None,
+        )

@@ -178,6 +178,7 @@ def _training(folder: Path, steps: int) -> None:
     from stillroom_server.distillery.training.settings import TrainingSettings
     from stillroom_server.teacher import OFFLINE, load_teacher
 
+    shutil.rmtree(folder / "training", ignore_errors=True)  # a run of before would be resumed at its end
     lessons = Lessons.open(folder / "lessons")
     bank = Bank(lessons, np.load(folder / "vectors.npy", mmap_mode="r"))
     small = {"init": "scratch", "depth": 1, "width": 48, "heads": 4, "feed_forward": 64, "dimension": _DIMENSION}
