@@ -95,10 +95,11 @@ class Recipe(Group):
             )
         if self.teachers and self.teachers[self.origin].kind == "bm25":
             raise ValueError(f"the student would begin from {self.origin!r}, which is bm25: name another in `begins`")
-        if self.pruning.active and self.pruning.teacher == "pruned":
+        inside = self.losses.compares_layers or "teacher_tokens" in needs(self.losses)
+        if self.pruning.active and self.pruning.teacher == "pruned" and inside:
             raise ValueError(
-                "pruning.teacher is pruned: what a recipe learns is said by its teachers and kept, and a student that teaches "
-                "would embed and score everything anew after each step: set it to original"
+                "pruning.teacher is pruned, and a loss compares layers or tokens, which are told of the first teacher: set it "
+                "to original, or the weights of those losses to 0"
             )
         return self
 

@@ -10,7 +10,7 @@ import json
 import shutil
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import count
 from pathlib import Path
@@ -36,6 +36,7 @@ from stillroom_server.distillery.students.iterate import prune_iteratively
 from stillroom_server.distillery.students.make import make_student
 from stillroom_server.distillery.students.settings import StudentSettings
 from stillroom_server.distillery.students.size import size_of
+from stillroom_server.distillery.succession import succeeded
 from stillroom_server.distillery.teachers.opening import open_teachers
 from stillroom_server.distillery.teaching import teach
 from stillroom_server.distillery.training.bank import Bank
@@ -268,10 +269,14 @@ class Run:
 
     def _pruned(self, student: Student, stage: Stage) -> Student:
         """The student after pruning, each step followed by training in a folder of its own."""
-        steps = count()
+        steps, recipe = count(), self.recipe
 
         def again(pruned: Student, teacher: Any) -> Student:
-            self._curriculum.learn(pruned, self.out / "training" / f"pruned-{next(steps)}", progress=stage)
+            curriculum, folder = self._curriculum, self.out / "training" / f"pruned-{next(steps)}"
+            if recipe.pruning.teacher == "pruned":
+                bank = succeeded(teacher, curriculum.bank, folder, towers=recipe.training.towers, progress=stage)
+                curriculum = replace(curriculum, bank=bank)
+            curriculum.learn(pruned, folder, progress=stage)
             return pruned
 
         rows = self.lessons.rows("query")[: self.recipe.pruning.texts]

@@ -121,9 +121,25 @@ def score_lessons(
     elif isinstance(teacher, Embedder):
         rows = np.union1d(lessons.queries, lessons.passages)
         vectors = embed_lessons(teacher, lessons, cache.vectors, out.with_suffix(".vectors.npy"), progress, rows=rows)
-        chunks = (_products(vectors, lessons, chunk) for chunk in _chunks(lessons))
+        return score_by_vectors(vectors, lessons, out, progress)
     else:
         chunks = (_scored(teacher, lessons, cache, chunk) for chunk in _chunks(lessons))
+    return _laid_out(chunks, lessons, out, progress)
+
+
+def score_by_vectors(
+    vectors: NDArray[Any],
+    lessons: Lessons,
+    out: Path,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> NDArray[np.float32]:
+    """Inner products of every list's query and passages, (lists, k), laid out as scores are; `vectors`: (texts, dim)."""
+    return _laid_out((_products(vectors, lessons, chunk) for chunk in _chunks(lessons)), lessons, out, progress)
+
+
+def _laid_out(
+    chunks: Iterator[FloatArray], lessons: Lessons, out: Path, progress: Callable[[int, int], None]
+) -> NDArray[np.float32]:
     with new_array(out, (lessons.lists, lessons.candidates), np.float32) as array:
         for chunk, scores in zip(_chunks(lessons), chunks, strict=True):
             array[chunk] = scores

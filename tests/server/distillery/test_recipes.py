@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -21,6 +22,7 @@ from stillroom_server.distillery.losses.settings import LossesSettings
 from stillroom_server.distillery.recipe import Recipe, load_recipe, manual, ready
 from stillroom_server.distillery.run import Run, load_student
 from stillroom_server.distillery.stages import STAGES, expected, planned, stage_keys
+from stillroom_server.distillery.students.towers import bert_of
 from stillroom_server.distillery.teachers.settings import TeacherSettings
 from stillroom_shared.errors import SettingsError
 from stillroom_shared.progress import Progress, Stage
@@ -108,7 +110,10 @@ def test_the_manual_page_of_recipes_is_current() -> None:
         ),
         ("searches = true\n[teachers.minilm]\n", "in the space of `documents`"),
         ("[teachers.words]\nkind = 'bm25'\n[teachers.minilm]\nweight = 2.0\n", "begin from 'words', which is bm25"),
-        ("[teachers.minilm]\n[pruning]\nheads = 0.5\nteacher = 'pruned'\n", "pruning.teacher is pruned"),
+        (
+            "[teachers.minilm]\n[pruning]\nheads = 0.5\nteacher = 'pruned'\n[losses.hidden_states]\nweight = 1.0\n",
+            "pruning.teacher is pruned, and a loss compares layers",
+        ),
         ("[teachers.minilm]\n", "gives no loss a weight"),
         ("[teachers.minilm]\n[losses.align]\nweight = 1.0\n", "losses.align.weight is unknown"),
     ],
@@ -159,6 +164,35 @@ def test_a_run_makes_a_model_and_does_each_stage_once(tmp_path: Path, teacher: P
     trained = chosen.model_copy(update={"seed": 1})
     finished(Run(trained, tmp_path / "out", tmp_path / "cache"))
     assert (tmp_path / "out" / "student" / "model.safetensors").stat().st_mtime_ns != stamp
+
+
+def test_a_pruned_student_learns_from_itself_as_it_was_before(tmp_path: Path, teacher: Path, data: Path) -> None:
+    """Guards against steps that all learn from the first teacher, or from the student that is being trained."""
+    chosen = recipe(
+        "documents = 'minilm'\n[data.negatives]\ncount = 3\n[losses.cosine]\nweight = 1.0\n[losses.listwise_kl]\n"
+        "weight = 0.1\nstudent_scale = 20.0\n[pruning]\nneurons = 0.75\nsteps = 2\nteacher = 'pruned'\n",
+        teacher,
+        data,
+        tmp_path,
+    )
+    out, changed = tmp_path / "out", {"pruning": {**chosen.pruning.model_dump(), "teacher": "original"}}
+    finished(Run(chosen, out, tmp_path / "cache"))
+    lessons = Lessons.open(out / "lessons")
+    told = [np.load(out / "training" / f"pruned-{step}" / "vectors.npy") for step in (0, 1)]
+    first, rows = np.load(out / "vectors.npy"), lessons.rows("query")
+    for before, after in itertools.pairwise([first, *told]):
+        assert (np.abs(before[rows] - after[rows]).max(1) > 1e-3).all(), "each step is told anew"
+        np.testing.assert_array_equal(before[lessons.rows("passage")], after[lessons.rows("passage")])
+    student = SentenceTransformer(str(out / "student"), device="cpu")
+    assert bert_of(student).config.intermediate_size == 16
+    finished(Run(Recipe.model_validate({**chosen.model_dump(), **changed}), tmp_path / "original", tmp_path / "cache"))
+    assert not (tmp_path / "original" / "training" / "pruned-1" / "vectors.npy").exists()
+    shutil.rmtree(out / "student")
+    stamp = out / ".stages" / "train.json"
+    stamp.write_text(stamp.read_text().replace('"done": true', '"done": false'))
+    finished(Run(chosen, out, tmp_path / "cache"))  # interrupted at its very end: nothing is learned twice
+    again = SentenceTransformer(str(out / "student"), device="cpu")
+    np.testing.assert_array_equal(again.encode(WORDS), student.encode(WORDS))
 
 
 def test_a_cross_encoder_is_taught_first_and_becomes_a_reranker(tmp_path: Path, teacher: Path, data: Path) -> None:
