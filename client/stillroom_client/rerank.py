@@ -5,8 +5,10 @@ at a time, without padding, for the reason that texts are encoded so (`encoder.p
 depend on the other pairs of its batch. Measured with a 3-layer MiniLM of 384 dimensions, 20 pairs of up to 96 tokens on a busy
 core: p50 300 ms one at a time, 736 ms as one padded batch, whose logits were off by 0.12 on average, with a spread of 2.
 
-The score of a hit is the logistic function of the model's logit, in (0, 1). All results that are shown were scored, so that one
-scale orders them: the best max(k, n) of the fused ranking are read.
+Its scores do not replace those of the stage before, they meet them (`stillroom_shared.scales.blended`). A small cross-encoder
+has seen few queries, and errs elsewhere than vectors and words do: what it knows beyond them counts, and where it was never
+taught it does not undo their ranking. All results that are shown were scored, so that one scale orders them: the best max(k, n)
+of the ranking are read, and a hit's score is the logistic function of both, in (0, 1), where 0.5 is the mean of what was read.
 """
 
 from __future__ import annotations
@@ -62,9 +64,9 @@ class Reranker:
         tokenizer, onnx = (release.read(folder / name) for name in (TOKENIZER_NAME, ONNX_FILES["int8"]))
         self._scorer = PairScorer(tokenizer, onnx, self.tokens)
 
-    def scores(self, query: str, passages: Sequence[str]) -> NDArray[np.float64]:
-        """How well each passage answers the query, (passages,), in (0, 1)."""
-        return 1 / (1 + np.exp(-self._scorer.logits(query, passages, threads=self._threads)))
+    def logits(self, query: str, passages: Sequence[str]) -> NDArray[np.float64]:
+        """How well each passage answers the query, (passages,)."""
+        return self._scorer.logits(query, passages, threads=self._threads)
 
 
 class PairScorer:

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from stillroom_client.analysis import clean
 from stillroom_client.cache import Question
 from stillroom_client.described import fields
@@ -19,6 +21,7 @@ from stillroom_client.fusion import Fused
 from stillroom_client.ranking import Hit, Mode, ranking
 from stillroom_client.rerank import Reranker, reranked
 from stillroom_shared.errors import SettingsError
+from stillroom_shared.scales import blended
 
 if TYPE_CHECKING:
     from stillroom_client.device import Device
@@ -65,6 +68,7 @@ def search(
 
 
 def _read_again(reranker: Reranker, text: str, found: Sequence[Fused], stored: Sequence[Found]) -> list[Fused]:
-    """The same rows by the reranker's scores."""
-    scores = reranker.scores(text, [one.passage.full_text for one in stored])
+    """The same rows, by the reranker's scores and their own."""
+    logits = reranker.logits(text, [one.passage.full_text for one in stored])
+    scores = 1 / (1 + np.exp(-blended(np.array([one.score for one in found]), logits)))
     return [replace(found[place], score=float(scores[place])) for place in reranked(scores)]

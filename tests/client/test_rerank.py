@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import statistics
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from sentence_transformers import CrossEncoder
 from tests.scorers import trained
 from transformers import PreTrainedTokenizerFast
@@ -43,6 +47,12 @@ def device(tmp_path: Path, release: Release) -> Device:
     return own
 
 
+def standardised(*scores: Sequence[float] | np.ndarray) -> list[float]:
+    """The mean of each list's deviations from its mean, in standard deviations."""
+    each = [[(one - statistics.mean(own)) / statistics.pstdev(own) for one in own] for own in map(list, scores)]
+    return [statistics.mean(column) for column in zip(*each, strict=True)]
+
+
 def test_reranking_puts_the_better_answer_first(device: Device) -> None:
     """Guards against scores that are computed and not used, and those of one passage given to another."""
     before, after = [], []
@@ -53,8 +63,13 @@ def test_reranking_puts_the_better_answer_first(device: Device) -> None:
         after.append(ndcg([hit.passage_id for hit in again], {f"{animal}-diet"}, 3))
         assert {hit.passage_id for hit in again} == {hit.passage_id for hit in plain}
         assert {hit.passage_id: hit.bm25_rank for hit in again} == {hit.passage_id: hit.bm25_rank for hit in plain}
-        expected = Reranker(device.release).scores(query, [hit.text for hit in again])
-        assert [hit.score for hit in again] == pytest.approx(expected.tolist())
+        told = device.search(query, 20, mode="bm25")  # all that was read, with the scores of the stage before
+        logits = Reranker(device.release).logits(query, [hit.text for hit in told])
+        both = dict(
+            zip((hit.passage_id for hit in told), standardised(logits, [hit.score for hit in told]), strict=True)
+        )
+        expected = [1 / (1 + math.exp(-both[hit.passage_id])) for hit in again]
+        assert [hit.score for hit in again] == pytest.approx(expected)
         assert [hit.rank for hit in again] == [1, 2, 3] and (np.diff(expected) <= 0).all()
     assert np.mean(after) == 1.0 > np.mean(before) + 0.2
 
@@ -62,13 +77,13 @@ def test_reranking_puts_the_better_answer_first(device: Device) -> None:
 def test_it_reads_the_best_n_and_at_least_what_is_shown(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards against results on two scales in one list, and a reranker that reads the whole index."""
     read: list[int] = []
-    real = Reranker.scores
+    real = Reranker.logits
 
-    def counted(self: Reranker, query: str, passages: list[str]) -> np.ndarray:
+    def counted(self: Reranker, query: str, passages: list[str]) -> NDArray[np.float64]:
         read.append(len(passages))
         return real(self, query, passages)
 
-    monkeypatch.setattr(Reranker, "scores", counted)
+    monkeypatch.setattr(Reranker, "logits", counted)
     for k, n, expected in ((3, 5, 5), (7, 5, 7), (3, 1, 3), (50, 20, 12), (3, 0, None)):
         read.clear()
         hits = device.search("tapir", k, mode="dense", rerank=n)
@@ -84,11 +99,11 @@ def test_it_reads_the_best_n_and_at_least_what_is_shown(device: Device, monkeypa
 def test_scores_do_not_depend_on_neighbours_or_threads(release: Release) -> None:
     """Guards against a batch whose quantization makes a passage's score that of its company."""
     texts = [text.format(a) for a in ANIMALS for text in TEXTS.values()] + ["leaves " * 200, ""]
-    alone = [Reranker(release).scores("what does the tapir do", [text])[0] for text in texts]
+    alone = [Reranker(release).logits("what does the tapir do", [text])[0] for text in texts]
     for threads in (1, 4):
-        assert Reranker(release, threads=threads).scores("what does the tapir do", texts).tolist() == alone
-    assert len(Reranker(release).scores("x", [])) == 0
-    assert np.isfinite(Reranker(release).scores("tapir " * 500, texts)).all(), "a query longer than all tokens"
+        assert Reranker(release, threads=threads).logits("what does the tapir do", texts).tolist() == alone
+    assert len(Reranker(release).logits("x", [])) == 0
+    assert np.isfinite(Reranker(release).logits("tapir " * 500, texts)).all(), "a query longer than all tokens"
 
 
 def test_a_reranked_answer_is_cached_as_such(device: Device) -> None:

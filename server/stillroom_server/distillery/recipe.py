@@ -27,11 +27,11 @@ from stillroom_server.distillery.losses.settings import LossesSettings
 from stillroom_server.distillery.students.settings import PruningSettings, StudentSettings
 from stillroom_server.distillery.teachers.base import Role
 from stillroom_server.distillery.teachers.settings import TeacherSettings
-from stillroom_server.distillery.teachers.teacher_set import Normalisation
 from stillroom_server.distillery.teaching import TeachSettings
 from stillroom_server.distillery.training.reading import embedded_roles, reads_scores
 from stillroom_server.distillery.training.settings import TrainingSettings
 from stillroom_shared.errors import SettingsError
+from stillroom_shared.scales import Normalisation
 from stillroom_shared.settings_file import Group, load, reference
 
 TAUGHT = "taught"

@@ -39,6 +39,7 @@ from stillroom_server.distillery.stages import STAGES, planned
 from stillroom_server.teacher import folder_of, load_teacher
 from stillroom_shared.corpus import Corpus
 from stillroom_shared.progress import Progress
+from stillroom_shared.scales import FIRST_SHARE
 from stillroom_shared.workspace import Workspace, content_key, key_of
 from stillroom_simulations.distill_bench.arms import Arm, Public, Studies
 from stillroom_simulations.evaluating.run import Choices, evaluate_models, queries_of
@@ -159,7 +160,8 @@ class Made:
         folders = [self.model, self.folder / "untrained", Path(folder_of(self.teacher))]
         if self.recipe.student.kind == "reranker":
             folders.append(Path(folder_of(self.arm.settings.first)))
-        return [content_key(one) for one in folders if one.is_dir()]
+        share = [str(FIRST_SHARE)] if self.recipe.student.kind == "reranker" else []
+        return [*(content_key(one) for one in folders if one.is_dir()), *share]
 
     @property
     def teacher(self) -> str:

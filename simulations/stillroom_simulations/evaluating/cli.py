@@ -30,6 +30,12 @@ def evaluate(
     ] = None,
     first_stage: Annotated[str, typer.Option(help="What a cross-encoder re-ranks: bm25 or another MODEL.")] = "bm25",
     rerank: Annotated[int, typer.Option(min=1, help="How many of its best passages a cross-encoder reads.")] = 100,
+    first_share: Annotated[
+        float | None,
+        typer.Option(
+            min=0, max=1, help="Weight of its scores in a cross-encoder's ranking; 0: none.  [default: a device's]"
+        ),
+    ] = None,
     latency: Annotated[int, typer.Option(min=0, help="Queries to time each model with; 0: none.")] = 200,
     ignore_identical_ids: Annotated[
         bool, typer.Option(help="Leave out a passage with the query's own id, as ArguAna and Quora need.")
@@ -50,6 +56,7 @@ def evaluate(
     """Measure search models on BEIR folders: quality with intervals, differences to the first with tests, speed and bytes."""
     only_our_own_progress()
     import json
+    from dataclasses import replace
 
     from rich.console import Console
 
@@ -63,6 +70,8 @@ def evaluate(
         split=_split(split), first_stage=first_stage, rerank=rerank, timed=latency, threads=made.speed.threads,
         device=device, ignore_identical_ids=ignore_identical_ids, seed=made.seed, cache=made.speed.cache / "evaluate",
     )  # fmt: skip
+    if first_share is not None:
+        choices = replace(choices, first_share=first_share)
     if out is not None and not out.parent.is_dir():  # before an hour of work, not after
         raise SettingsError(f"--out {out}: there is no folder {out.parent}")
     watched = Console(stderr=True, highlight=False)

@@ -27,7 +27,7 @@ from stillroom_shared.errors import DataError
 from stillroom_shared.release import ONNX_FILES, RERANKER_FOLDER
 from stillroom_simulations.evaluate import Run
 from stillroom_simulations.evaluating.kept import Kept
-from stillroom_simulations.evaluating.systems import Bytes, Progress, as_run, silent
+from stillroom_simulations.evaluating.systems import Bytes, Progress, Ranking, as_run, silent
 
 Asked = Literal["dense", "bm25", "hybrid", "rerank"]
 MODES: tuple[Asked, ...] = get_args(Asked)
@@ -94,16 +94,16 @@ class HomeSearcher:
             return text, None
         return text, self.home.device.embed_queries([text])
 
-    def search(self, encoded: Any, k: int) -> list[str]:
-        """What `Device.search` does after its query tower."""
+    def search(self, encoded: Any, k: int) -> Ranking:
+        """What `Device.search` does after its query tower; scores are ranks."""
         text, vectors = encoded
         if self.home.mode == "rerank":
-            return self._ids(text, k, rerank=USUAL)
+            return list(as_run(self._ids(text, k, rerank=USUAL)).items())
         device, mode = self.home.device, self._mode
         with device.indexes.current(dense=mode != "bm25", text=mode != "dense") as current:
             found = ranking(current, mode, text, vectors, k, None)
             stored = device.catalog.found(fused.row for fused in found)
-        return [stored[fused.row].passage.id for fused in found]
+        return list(as_run([stored[fused.row].passage.id for fused in found]).items())
 
     @property
     def _mode(self) -> Mode:

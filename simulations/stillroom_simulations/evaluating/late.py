@@ -16,7 +16,7 @@ from sentence_transformers import MultiVectorEncoder
 from stillroom_shared.corpus import Passage, Query
 from stillroom_simulations.evaluate import Run
 from stillroom_simulations.evaluating.kept import Kept
-from stillroom_simulations.evaluating.systems import Bytes, Progress, best, silent
+from stillroom_simulations.evaluating.systems import Bytes, Progress, Ranking, best, silent
 
 Vectors = NDArray[np.float32]
 _SHARD = 128
@@ -79,9 +79,9 @@ class LateSearcher:
         """(tokens, dim)."""
         return self.system.queries([text])[0]
 
-    def search(self, encoded: Vectors, k: int) -> list[str]:
+    def search(self, encoded: Vectors, k: int) -> Ranking:
         """MaxSim with every passage."""
-        return [passage for passage, _ in best(maxsim(encoded, self.tokens, self.starts), self.ids, k)]
+        return best(maxsim(encoded, self.tokens, self.starts), self.ids, k)
 
 
 def maxsim(query: Vectors, tokens: Vectors, starts: NDArray[np.int64]) -> NDArray[np.float64]:

@@ -1,5 +1,8 @@
 """A cross-encoder behind another system: it reads the best passages of that system again (Nogueira and Cho 2019).
 
+As a device does (`stillroom_client.rerank`), it ranks by its logits and the first stage's scores together, unless it is told to
+rank alone.
+
 | case | what happens |
 |---|---|
 | passages beyond the first n | follow behind, in the order of the first stage: recall at more than n is the first stage's |
@@ -19,10 +22,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from stillroom_client.rerank import reranked
 from stillroom_shared.corpus import Passage, Query
+from stillroom_shared.scales import FIRST_SHARE, blended
 from stillroom_simulations.evaluate import Run
 from stillroom_simulations.evaluating.kept import Kept
-from stillroom_simulations.evaluating.systems import Bytes, Progress, Searcher, System, as_run, silent
+from stillroom_simulations.evaluating.systems import Bytes, Progress, Ranking, Searcher, System, as_run, silent
 
 _SHARD = 8  # queries
 
@@ -35,6 +40,7 @@ class Reranking:
         logits: of a query and each of n passages, (n,).
         first: what finds the passages.
         top: how many of them are read.
+        share: weight of the first stage's scores; 0 for the cross-encoder alone.
         threads: queries that are worked on at the same time where nothing is timed; 1 where `logits` uses threads itself.
     """
 
@@ -45,6 +51,7 @@ class Reranking:
     weights: int
     first: System
     top: int
+    share: float = FIRST_SHARE
     threads: int = 1
 
     def index(self, passages: Sequence[Passage], kept: Kept, progress: Progress = silent) -> RerankingSearcher:
@@ -77,7 +84,9 @@ class RerankingSearcher:
         items = [json.dumps([query.text, *(self.texts[passage] for passage in tops[query.id])]) for query in asked]
         scored = self.kept.arrays(self.system.identity, items, self._of_items, shard=_SHARD, progress=progress)
         run: Run = {}
-        for query, scores in zip(asked, scored, strict=True):
+        for query, logits in zip(asked, scored, strict=True):
+            before = [found[query.id][passage] for passage in tops[query.id]]
+            scores = blended(np.array(before), logits, self.system.share)
             top = sorted(zip((-scores).tolist(), tops[query.id], strict=True))
             ranking = [*(passage for _, passage in top), *ranked[query.id][self.system.top :]]
             run[query.id] = as_run(ranking[:depth])
@@ -87,23 +96,24 @@ class RerankingSearcher:
         """The text, and what the first stage makes of it."""
         return text, self.first.encode(text)
 
-    def search(self, encoded: Any, k: int) -> list[str]:
+    def search(self, encoded: Any, k: int) -> Ranking:
         """Search the first stage, and read its top again."""
         text, first = encoded
         top = self.first.search(first, self.system.top)
-        scores = self._scores(text, [self.texts[passage] for passage in top])
-        return [top[place] for place in np.argsort(-scores, kind="stable")[:k]]
+        logits = self._logits(text, [self.texts[passage] for passage, _ in top])
+        scores = blended(np.array([score for _, score in top]), logits, self.system.share)
+        return [(top[place][0], float(scores[place])) for place in reranked(scores)[:k]]
 
     def _of_items(self, items: Sequence[str]) -> list[NDArray[np.float32]]:
         def scored(item: str) -> NDArray[np.float32]:
             query, *passages = json.loads(item)
-            return self._scores(query, passages)
+            return self._logits(query, passages)
 
         if self.system.threads == 1:
             return [scored(item) for item in items]
         with ThreadPoolExecutor(self.system.threads) as pool:
             return list(pool.map(scored, items))
 
-    def _scores(self, query: str, passages: Sequence[str]) -> NDArray[np.float32]:
+    def _logits(self, query: str, passages: Sequence[str]) -> NDArray[np.float32]:
         """(passages,) logits."""
         return np.asarray(self.system.logits(query, passages), np.float32).reshape(len(passages))

@@ -28,6 +28,7 @@ from rich.console import Console
 from stillroom_shared.corpus import SPLITS, Corpus, Query, Split
 from stillroom_shared.errors import DataError, SettingsError
 from stillroom_shared.progress import Progress, Stage
+from stillroom_shared.scales import FIRST_SHARE
 from stillroom_simulations import significance
 from stillroom_simulations.benchmark_file import machine, versions
 from stillroom_simulations.evaluate import Run, Scores, cutoff_of, evaluate_run
@@ -51,6 +52,7 @@ class Choices:
         metrics: `evaluate_run` knows which there are.
         first_stage: what cross-encoders re-rank, as on the command line.
         rerank: how many of its best passages they read.
+        first_share: weight of its scores in their ranking, 0 to 1; 0 for the cross-encoder alone.
         timed: queries that are timed; 0 for none.
         timed_seconds: no turn of timing begins after so long.
         threads: of embedding; timing has one.
@@ -65,6 +67,7 @@ class Choices:
     metrics: tuple[str, ...] = METRICS
     first_stage: str = "bm25"
     rerank: int = 100
+    first_share: float = FIRST_SHARE
     timed: int = 200
     timed_seconds: float = 60.0
     threads: int = 1
@@ -80,6 +83,8 @@ class Choices:
         for name, least in (("rerank", 1), ("timed", 0), ("threads", 1), ("resamples", 1)):
             if getattr(self, name) < least:
                 raise SettingsError(f"{name} = {getattr(self, name)} is out of range: give at least {least}")
+        if not 0 <= self.first_share <= 1:
+            raise SettingsError(f"first_share = {self.first_share} is out of range: give 0 to 1")
 
 
 def evaluate_models(
@@ -104,7 +109,10 @@ def evaluate_models(
     asked = {corpus.name: queries_of(corpus, choices.split) for corpus in corpora}
     if not models or len(asked) != len(corpora) or not corpora:
         raise SettingsError("give at least one model and one data set, and data sets of different names")
-    opener = Opener(device=choices.device, threads=choices.threads, first_stage=choices.first_stage, top=choices.rerank)
+    opener = Opener(
+        device=choices.device, threads=choices.threads, first_stage=choices.first_stage, top=choices.rerank,
+        share=choices.first_share,
+    )  # fmt: skip
     with opener, _threads(choices.threads):
         systems = opener.systems(models)
         progress = Progress(_plan(corpora, asked, systems, choices), console=console or Console(file=io.StringIO()))
@@ -279,7 +287,11 @@ def _facts(choices: Choices, names: Sequence[str]) -> dict[str, Any]:
     return {
         "models": list(names),
         "metrics": list(choices.metrics),
-        "first_stage": {"of_cross_encoders": choices.first_stage, "passages": choices.rerank},
+        "first_stage": {
+            "of_cross_encoders": choices.first_stage,
+            "passages": choices.rerank,
+            "share": choices.first_share,
+        },
         "ignore_identical_ids": choices.ignore_identical_ids,
         "seed": choices.seed,
         "intervals": f"percentile bootstrap over queries, {choices.resamples} resamples",

@@ -29,6 +29,7 @@ from stillroom_client.encoder import Encoder
 from stillroom_client.home import IDENTITY_NAME
 from stillroom_shared.errors import SettingsError
 from stillroom_shared.release import Precision, Release, open_release
+from stillroom_shared.scales import FIRST_SHARE
 from stillroom_shared.sealed import MANIFEST_NAME
 from stillroom_simulations.evaluating.homes import MODES, Asked, Home
 from stillroom_simulations.evaluating.late import LateInteraction
@@ -106,8 +107,16 @@ class Spec:
 class Opener:
     """Opens what specs name, each model once; leaving it closes devices."""
 
-    def __init__(self, *, device: str = "cpu", threads: int = 1, first_stage: str = "bm25", top: int = 100) -> None:
-        self._threads, self._first, self._top = threads, first_stage, top
+    def __init__(
+        self,
+        *,
+        device: str = "cpu",
+        threads: int = 1,
+        first_stage: str = "bm25",
+        top: int = 100,
+        share: float = FIRST_SHARE,
+    ) -> None:
+        self._threads, self._first, self._top, self._share = threads, first_stage, top, share
         self._open = ExitStack()
         self._model = cache(lambda name: load_model(name, device=device))
         self._onnx = cache(lambda name, precision: open_onnx(name, self._model(name), precision))
@@ -207,13 +216,14 @@ class Opener:
                 f"--first-stage {self._first} is a device with several modes: write @hybrid, say, behind it"
             )
         how = f"{_how(spec)}, reads the best {self._top} of {found[0].name}"
+        how += f", whose scores have a share of {self._share:g}" if self._share else ""
         if spec.precision is None:
             logits, identity, weights = sentence_scorer(loaded), loaded.identity, loaded.weights
-            return Reranking(name, how, logits, identity, weights, found[0], self._top)
+            return Reranking(name, how, logits, identity, weights, found[0], self._top, self._share)
         file = self._onnx(spec.place, spec.precision)
         scorer = file.scorer().logits
         return Reranking(
-            name, how, scorer, file.identity, len(file.content), found[0], self._top, threads=self._threads
+            name, how, scorer, file.identity, len(file.content), found[0], self._top, self._share, threads=self._threads
         )
 
 

@@ -18,6 +18,8 @@ from stillroom_simulations.evaluate import Run
 from stillroom_simulations.evaluating.kept import Kept
 
 Progress = Callable[[int, int], None]
+Ranking = list[tuple[str, float]]
+"""Ids of passages with their scores, best first."""
 
 
 def silent(done: int, total: int) -> None:
@@ -52,8 +54,8 @@ class Searcher(Protocol):
     def encode(self, text: str) -> Any:
         """What `search` needs of one query."""
 
-    def search(self, encoded: Any, k: int) -> list[str]:
-        """The ids of the k best passages, best first."""
+    def search(self, encoded: Any, k: int) -> Ranking:
+        """The ids of the k best passages with their scores, best first."""
 
 
 class System(Protocol):
@@ -71,7 +73,7 @@ class System(Protocol):
         """Hold these passages; `kept` has what an earlier run computed."""
 
 
-def best(scores: NDArray[np.floating], ids: Sequence[str], k: int) -> list[tuple[str, float]]:
+def best(scores: NDArray[np.floating], ids: Sequence[str], k: int) -> Ranking:
     """The k largest of (m,) scores with their ids, best first; ties go to the smaller id.
 
     >>> best(np.array([0.5, 0.9, 0.5]), ["b", "c", "a"], 2)

@@ -24,7 +24,7 @@ from stillroom_shared.errors import DataError, SettingsError
 from stillroom_shared.release import Precision, Release
 from stillroom_simulations.evaluate import Run, dense_run
 from stillroom_simulations.evaluating.kept import Kept
-from stillroom_simulations.evaluating.systems import Bytes, Progress, silent
+from stillroom_simulations.evaluating.systems import Bytes, Progress, Ranking, silent
 
 Vectors = NDArray[np.float32]
 Similarity = Literal["cosine", "dot", "euclidean"]
@@ -153,12 +153,13 @@ class DenseSearcher:
         vector: Vectors = self.system.query.comparable(self.system.query.embed([text]))[0]
         return vector
 
-    def search(self, encoded: Vectors, k: int) -> list[str]:
+    def search(self, encoded: Vectors, k: int) -> Ranking:
         """One float32 product and the best of it."""
         scores = self.vectors @ encoded
         k = min(k, len(scores))
         near = np.argpartition(scores, -k)[-k:]
-        return [self.ids[row] for row in near[np.argsort(-scores[near], kind="stable")]]
+        near = near[np.argsort(-scores[near], kind="stable")]
+        return list(zip([self.ids[row] for row in near], scores[near].tolist(), strict=True))
 
 
 def _rows_of(tower: Tower) -> Callable[[Sequence[str]], list[Vectors]]:

@@ -12,7 +12,7 @@ from stillroom_client.text_index import TextIndex
 from stillroom_shared.corpus import Passage, Query
 from stillroom_simulations.evaluate import Run
 from stillroom_simulations.evaluating.kept import Kept
-from stillroom_simulations.evaluating.systems import Bytes, Progress, silent
+from stillroom_simulations.evaluating.systems import Bytes, Progress, Ranking, silent
 
 _REPORT = 100
 
@@ -49,8 +49,7 @@ class WordsSearcher:
         """BM25 scores of the passages that have a word of the query."""
         run: Run = {}
         for done, query in enumerate(queries, start=1):
-            scores, rows = self.found.search(query.text, depth)
-            run[query.id] = dict(zip((self.ids[row] for row in rows.tolist()), scores.tolist(), strict=True))
+            run[query.id] = dict(self.search(query.text, depth))
             if done % _REPORT == 0:
                 progress(done, len(queries))
         return run
@@ -59,6 +58,7 @@ class WordsSearcher:
         """Nothing is encoded."""
         return text
 
-    def search(self, encoded: str, k: int) -> list[str]:
+    def search(self, encoded: str, k: int) -> Ranking:
         """Analysis and search."""
-        return [self.ids[row] for row in self.found.search(encoded, k)[1].tolist()]
+        scores, rows = self.found.search(encoded, k)
+        return list(zip((self.ids[row] for row in rows.tolist()), scores.tolist(), strict=True))

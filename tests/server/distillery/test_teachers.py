@@ -22,8 +22,9 @@ from stillroom_server.distillery.teachers.cross_encoder import CrossEncoder
 from stillroom_server.distillery.teachers.late_interaction import LateInteraction
 from stillroom_server.distillery.teachers.opening import open_teacher, open_teachers
 from stillroom_server.distillery.teachers.settings import Kind, TeacherSettings
-from stillroom_server.distillery.teachers.teacher_set import Member, TeacherSet, normalised
+from stillroom_server.distillery.teachers.teacher_set import Member, TeacherSet
 from stillroom_shared.errors import DataError, SettingsError
+from stillroom_shared.scales import normalised
 
 QUERIES = ["what do tapirs eat", "open the zip file", "open the zip file", "sort"]
 TEXTS = [

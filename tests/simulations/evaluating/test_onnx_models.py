@@ -104,7 +104,7 @@ def test_a_reranker_reads_what_its_file_says(data: Path, written: dict[str, Path
     folder = tmp_path / "short"
     shutil.copytree(written["cross"], folder)
     (folder / "reranker.json").write_text('{"schema_version": 1, "tokens": 10}')
-    found = evaluate([f"{written['cross']}@float32", f"{folder}@float32"], data, rerank=3, threads=2)
+    found = evaluate([f"{written['cross']}@float32", f"{folder}@float32"], data, rerank=3, first_share=0, threads=2)
     base, texts = slow_first(data, None), shelves.full_texts()
     for name, tokens in (("cross", None), ("short", 10)):
         model: Any = load_model(str(written["cross"])).model

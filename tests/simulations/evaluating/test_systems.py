@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,12 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Normalize
 from tests.simulations import shelves
 from tests.simulations.shelves import PASSAGES, Ranker, check, evaluate, slow_first
+from torch import nn
 from transformers import BertModel, PreTrainedTokenizerFast
 
 from stillroom_client.device import Device
 from stillroom_server.distillery.rotation import Rotation, rotated_model
+from stillroom_shared.errors import SettingsError
 from stillroom_shared.release import Release
 from stillroom_simulations.evaluating import sentence_models
 from stillroom_simulations.evaluating.kept import Kept
@@ -126,7 +129,7 @@ def test_releases_pairs_and_homes_equal_a_slow_ranking(data: Path, bi: Path, hom
 def test_cross_encoders_read_the_top_of_their_first_stage(data: Path, bi: Path, cross: Path) -> None:
     """A reranker that reads all passages, or loses those it did not read, has another recall than its first stage."""
     for first, label in (("bm25", "bm25"), (str(bi), "model")):
-        found = evaluate([first, str(cross)], data, first_stage=first, rerank=3)
+        found = evaluate([first, str(cross)], data, first_stage=first, rerank=3, first_share=0)
         assert found.sets[0].of("cross").how == f"torch float32, reads the best 3 of {label}"
         model: Any = sentence_models.load_model(str(cross)).model
         [system] = [one for one in found.sets[0].models if one.model == label]
@@ -145,6 +148,36 @@ def test_cross_encoders_read_the_top_of_their_first_stage(data: Path, bi: Path, 
         assert (found.sets[0].of("cross").scores.table != system.scores.table).any(), (
             "the guard: something was re-ranked"
         )
+
+
+def test_a_cross_encoder_ranks_together_with_its_first_stage(data: Path, bi: Path, cross: Path) -> None:
+    """Scores of two scales in one sum are a ranking by the louder; a device's ranking is what is measured unless told."""
+    found = evaluate([str(bi), str(cross)], data, first_stage=str(bi), rerank=4)
+    scorer: Any = sentence_models.load_model(str(cross)).model
+    model: Any = sentence_models.load_model(str(bi)).model
+    texts, base = shelves.full_texts(), slow_first(data, bi)
+
+    def standard(values: list[float]) -> list[float]:
+        return [(one - statistics.mean(values)) / statistics.pstdev(values) for one in values]
+
+    def slow(text: str, share: float = 0.5) -> list[str]:
+        order = base(text)
+        top = order[:4]
+        asked, read = model.encode(text, normalize_embeddings=True), model.encode([texts[key] for key in top])
+        cosines = [float(asked @ own / np.linalg.norm(own)) for own in read]
+        logits = scorer.predict([(text, texts[key]) for key in top], activation_fn=nn.Identity()).tolist()
+        both = zip(top, standard(cosines), standard(logits), strict=True)
+        return [*shelves.ranked({key: share * a + (1 - share) * b for key, a, b in both}), *order[4:]]
+
+    check(found, "cross", slow)
+    assert found.sets[0].of("cross").how == "torch float32, reads the best 4 of model, whose scores have a share of 0.5"
+    alone = evaluate([str(bi), str(cross)], data, first_stage=str(bi), rerank=4, first_share=0)
+    first = evaluate([str(bi), str(cross)], data, first_stage=str(bi), rerank=4, first_share=1)
+    check(first, "cross", base)
+    check(alone, "cross", lambda text: slow(text, 0))
+    assert any(slow(text) not in (slow(text, 0), slow(text, 1)) for text in shelves.QUERIES.values()), "the guard"
+    with pytest.raises(SettingsError, match=r"first_share = 1.5 is out of range: give 0 to 1"):
+        evaluate([str(cross)], data, first_share=1.5)
 
 
 def test_late_interaction_is_exact_maxsim(

@@ -28,9 +28,10 @@ from stillroom_server.distillery.teachers.cross_encoder import CrossEncoder
 from stillroom_server.distillery.teachers.late_interaction import LateInteraction, token_model
 from stillroom_server.distillery.teachers.loading import load_model
 from stillroom_server.distillery.teachers.settings import TeacherSettings
-from stillroom_server.distillery.teachers.teacher_set import Member, Normalisation, TeacherSet
+from stillroom_server.distillery.teachers.teacher_set import Member, TeacherSet
 from stillroom_server.teacher import folder_of
 from stillroom_shared.errors import SettingsError
+from stillroom_shared.scales import Normalisation
 
 _LATE = ("MultiVectorEncoder", "ColBERT", "HF_ColBERT")
 

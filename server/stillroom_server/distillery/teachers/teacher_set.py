@@ -24,17 +24,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from stillroom_server.distillery.teachers.base import FloatArray, Teacher
 from stillroom_shared.errors import DataError, SettingsError
-
-Normalisation = Literal["standard", "range"]
-_EQUAL = 1e-6
-"""Spread relative to the greatest score below which scores differ by rounding only."""
+from stillroom_shared.scales import Normalisation, normalised
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,20 +83,3 @@ class TeacherSet:
                 raise DataError(f"teacher {number} of a set gave a score that is not finite: leave it out, or mend it")
             total += member.weight * normalised(scores, self.normalisation) / member.temperature
         return (total / sum(one.weight for one in self.members)).astype(np.float32)
-
-
-def normalised(scores: FloatArray, how: Normalisation = "standard") -> NDArray[np.float64]:
-    """Each row on its own, (lists, k): mean 0 and deviation 1, or from 0 to 1; a constant row gives zeros.
-
-    >>> normalised(np.float32([[1, 2, 3], [5, 5, 5]]), "range").tolist()
-    [[0.0, 0.5, 1.0], [0.0, 0.0, 0.0]]
-    """
-    values = np.asarray(scores, np.float64)
-    if not values.size:
-        return values
-    if how == "standard":
-        shifted, spread = values - values.mean(1, keepdims=True), values.std(1, keepdims=True)
-    else:
-        shifted, spread = values - values.min(1, keepdims=True), np.ptp(values, axis=1, keepdims=True)
-    constant = spread <= _EQUAL * np.abs(values).max(1, keepdims=True)
-    return np.where(constant, 0.0, shifted / np.where(constant, 1.0, spread))
