@@ -222,7 +222,7 @@ class Device(Closing):
         Args:
             mode: by vectors ("dense"), by words ("bm25", of passages that have one of them; needs no release), or by both.
             where: only passages that fulfil this filter (`filters.py`), `FilterError` when it cannot be read.
-            rerank: read so many of the best again, at least k, with the release's reranker, and order by what it says
+            rerank: read so many of the best again, at least k, with the release's reranker, and order by both
                 (`rerank.py`); `ReleaseError` if it brings none. 20 is usual; 0 for none.
             cached: take the answer to the same or a like query (`cache.py`), and keep this one. False: neither.
             adapted: False searches with the release alone, to see what the adapter changes; such an answer is never cached.

@@ -26,7 +26,8 @@ class Hit:
     """A passage that was found. Ranks begin at 1.
 
     `score` orders the hits: the cosine of the two vectors ("dense"), BM25 ("bm25"), or reciprocal rank fusion, where 1 is
-    first in both lists ("hybrid"). `dense_rank` and `bm25_rank` are None where that list was not read or does not have it.
+    first in both lists ("hybrid"). Of hits that were read again it is relative to what was read, 0.5 its mean (`rerank.py`).
+    `dense_rank` and `bm25_rank` are None where that list was not read or does not have it.
     `document` is the path of the document that it stands in, "" for one that was added alone; `position` says where, and
     `metadata` is what filters see (`documents.py`). `cached` is the earlier query whose answer this is (`cache.py`), None where
     it was found now; hits that differ in nothing else are equal.

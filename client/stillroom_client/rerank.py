@@ -6,9 +6,9 @@ depend on the other pairs of its batch. Measured with a 3-layer MiniLM of 384 di
 core: p50 300 ms one at a time, 736 ms as one padded batch, whose logits were off by 0.12 on average, with a spread of 2.
 
 Its scores do not replace those of the stage before, they meet them (`stillroom_shared.scales.blended`). A small cross-encoder
-has seen few queries, and errs elsewhere than vectors and words do: what it knows beyond them counts, and where it was never
-taught it does not undo their ranking. All results that are shown were scored, so that one scale orders them: the best max(k, n)
-of the ranking are read, and a hit's score is the logistic function of both, in (0, 1), where 0.5 is the mean of what was read.
+has seen few queries, and errs elsewhere than vectors and words do: each makes up for the other (docs/figures.md). All results
+that are shown were scored, so that one scale orders them: the best max(k, n) of the ranking are read, and a hit's score is the
+logistic function of both, in (0, 1), where 0.5 is the mean of what was read.
 """
 
 from __future__ import annotations
@@ -96,12 +96,3 @@ class PairScorer:
     def _logit(self, query: str, passage: str) -> float:
         pair = self._tokenizer.encode(query, passage)
         return float(self.session.run(LOGITS, pair.ids, pair.type_ids)[0])
-
-
-def reranked(scores: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Places from the best score to the worst; equal ones stay in their order.
-
-    >>> reranked(np.array([0.2, 0.9, 0.2])).tolist()
-    [1, 0, 2]
-    """
-    return np.argsort(-scores, kind="stable")

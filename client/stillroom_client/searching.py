@@ -19,9 +19,9 @@ from stillroom_client.documents import Found
 from stillroom_client.filters import compile_filter
 from stillroom_client.fusion import Fused
 from stillroom_client.ranking import Hit, Mode, ranking
-from stillroom_client.rerank import Reranker, reranked
+from stillroom_client.rerank import Reranker
 from stillroom_shared.errors import SettingsError
-from stillroom_shared.scales import blended
+from stillroom_shared.scales import blended, reranked
 
 if TYPE_CHECKING:
     from stillroom_client.device import Device
@@ -70,5 +70,6 @@ def search(
 def _read_again(reranker: Reranker, text: str, found: Sequence[Fused], stored: Sequence[Found]) -> list[Fused]:
     """The same rows, by the reranker's scores and their own."""
     logits = reranker.logits(text, [one.passage.full_text for one in stored])
-    scores = 1 / (1 + np.exp(-blended(np.array([one.score for one in found]), logits)))
-    return [replace(found[place], score=float(scores[place])) for place in reranked(scores)]
+    scores = blended(np.array([one.score for one in found]), logits)
+    shown = 1 / (1 + np.exp(-scores))
+    return [replace(found[place], score=float(shown[place])) for place in reranked(scores, logits)]

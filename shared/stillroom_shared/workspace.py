@@ -32,11 +32,11 @@ def key_of(*parts: Any) -> str:
 
 def content_key(path: Path) -> str:
     """A hash of a file, or of all files of a folder with their names in it: the same wherever it lies and whenever it was
-    written, so that a copy stands for what it was copied from.
+    written, so that a copy stands for what it was copied from. Hidden ones are bookkeeping of whoever put the others there.
     """
     digest = hashlib.sha256()
     for one in sorted(path.rglob("*")) if path.is_dir() else [path]:
-        if one.is_file():
+        if one.is_file() and not any(part.startswith(".") for part in one.relative_to(path).parts):
             digest.update(f"{one.relative_to(path)} {one.stat().st_size}".encode())
             with one.open("rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())

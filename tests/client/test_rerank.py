@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import statistics
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 from sentence_transformers import CrossEncoder
+from tests.references.blending import blended
 from tests.scorers import trained
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
@@ -47,12 +46,6 @@ def device(tmp_path: Path, release: Release) -> Device:
     return own
 
 
-def standardised(*scores: Sequence[float] | np.ndarray) -> list[float]:
-    """The mean of each list's deviations from its mean, in standard deviations."""
-    each = [[(one - statistics.mean(own)) / statistics.pstdev(own) for one in own] for own in map(list, scores)]
-    return [statistics.mean(column) for column in zip(*each, strict=True)]
-
-
 def test_reranking_puts_the_better_answer_first(device: Device) -> None:
     """Guards against scores that are computed and not used, and those of one passage given to another."""
     before, after = [], []
@@ -65,9 +58,8 @@ def test_reranking_puts_the_better_answer_first(device: Device) -> None:
         assert {hit.passage_id: hit.bm25_rank for hit in again} == {hit.passage_id: hit.bm25_rank for hit in plain}
         told = device.search(query, 20, mode="bm25")  # all that was read, with the scores of the stage before
         logits = Reranker(device.release).logits(query, [hit.text for hit in told])
-        both = dict(
-            zip((hit.passage_id for hit in told), standardised(logits, [hit.score for hit in told]), strict=True)
-        )
+        scores = blended([hit.score for hit in told], logits.tolist())
+        both = dict(zip((hit.passage_id for hit in told), scores, strict=True))
         expected = [1 / (1 + math.exp(-both[hit.passage_id])) for hit in again]
         assert [hit.score for hit in again] == pytest.approx(expected)
         assert [hit.rank for hit in again] == [1, 2, 3] and (np.diff(expected) <= 0).all()

@@ -22,7 +22,7 @@ from stillroom_server.distillery.architecture.settings import ArchitectureSettin
 from stillroom_server.distillery.compress.quantize import CompressSettings
 from stillroom_server.distillery.data.settings import DataSettings, SourceSettings
 from stillroom_server.distillery.lessons import ROLES
-from stillroom_server.distillery.losses.needs import needs
+from stillroom_server.distillery.losses.needs import needs, scales
 from stillroom_server.distillery.losses.settings import LossesSettings
 from stillroom_server.distillery.students.settings import PruningSettings, StudentSettings
 from stillroom_server.distillery.teachers.base import Role
@@ -100,6 +100,17 @@ class Recipe(Group):
             raise ValueError(
                 "pruning.teacher is pruned, and a loss compares layers or tokens, which are told of the first teacher: set it "
                 "to original, or the weights of those losses to 0"
+            )
+        told = scales(self.losses)
+        if (
+            self.pruning.active
+            and self.pruning.teacher == "pruned"
+            and (len(told) > 1 or (told - {1.0} and self.training.ranked == "corpus"))
+        ):
+            raise ValueError(
+                f"pruning.teacher is pruned, and losses have student_scale {', '.join(f'{one:g}' for one in sorted(told))}: "
+                "a student's scores are told at one scale, and at 1 with training.ranked corpus: set them so, or teacher to "
+                "original"
             )
         return self
 

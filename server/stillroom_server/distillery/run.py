@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import torch
 from accelerate.utils import broadcast_object_list
 from numpy.typing import NDArray
 from sentence_transformers import CrossEncoder, MultiVectorEncoder, SentenceTransformer
@@ -27,7 +28,8 @@ from stillroom_server.distillery.data.prepare import prepare_lessons
 from stillroom_server.distillery.early import refuse_early
 from stillroom_server.distillery.exporting import DOCUMENTS, export_model
 from stillroom_server.distillery.faculty import Faculty
-from stillroom_server.distillery.lessons import Lessons
+from stillroom_server.distillery.lessons import ROLES, Lessons
+from stillroom_server.distillery.losses.needs import scales
 from stillroom_server.distillery.recipe import Recipe
 from stillroom_server.distillery.rotation import Rotation, document_tower, rotate_array, rotated_model, rotated_tokens
 from stillroom_server.distillery.scores import ScoreCache, score_lessons
@@ -175,12 +177,26 @@ class Run:
         stage.note(f"{len(found.trials)} shapes, best: {best.depth} layers of {best.width}, {best.heads} heads")
 
     def _train(self, stage: Stage) -> None:
-        curriculum, student = self._curriculum, self._new_student()
-        curriculum.learn(student, self.out / "training", progress=stage)
+        student = self._new_student()
+        self._learned(self._curriculum, student, self.out / "training", stage)
         if self.recipe.pruning.active:
             student = self._pruned(student, stage)
         if processes().is_main_process:
             student.save_pretrained(str(self.out / "student"), create_model_card=False)
+
+    def _learned(self, curriculum: Curriculum, student: Student, folder: Path, stage: Stage) -> None:
+        """Train in place. Where pruning follows, what came of it is kept: the next step must begin from the same weights."""
+        kept = folder / "learned.pt"
+        if kept.exists():
+            student.load_state_dict(torch.load(kept, weights_only=True))
+            student.train(False)
+            return
+        curriculum.learn(student, folder, progress=stage)
+        if self.recipe.pruning.active:
+            if processes().is_main_process:
+                torch.save(student.state_dict(), partial := kept.with_suffix(".partial"))
+                partial.replace(kept)
+            processes().wait_for_everyone()
 
     def _export(self, stage: Stage) -> None:
         model, student = self.out / "model", load_student(self.out / "student", self.recipe)
@@ -274,9 +290,11 @@ class Run:
         def again(pruned: Student, teacher: Any) -> Student:
             curriculum, folder = self._curriculum, self.out / "training" / f"pruned-{next(steps)}"
             if recipe.pruning.teacher == "pruned":
-                bank = succeeded(teacher, curriculum.bank, folder, towers=recipe.training.towers, progress=stage)
+                roles = ROLES if recipe.training.towers == "both" else ROLES[:1]
+                [scale] = scales(recipe.losses) or {1.0}
+                bank = succeeded(teacher, curriculum.bank, folder, roles=roles, scale=scale, progress=stage)
                 curriculum = replace(curriculum, bank=bank)
-            curriculum.learn(pruned, folder, progress=stage)
+            self._learned(curriculum, pruned, folder, stage)
             return pruned
 
         rows = self.lessons.rows("query")[: self.recipe.pruning.texts]

@@ -6,18 +6,21 @@
 | late interaction | none of its own | MaxSim |
 | reranker | none of its own | logits |
 
-Scores are as the student gives them: those of its teachers, which were normalised to meet, are what it has learned to give.
+Losses compare the teacher's scores with the student's times `student_scale`, so that is what a student's scores are told as: a
+successor that is its teacher has nothing to learn.
 
 | case | what happens |
 |---|---|
 | vectors of the student shorter than those of `documents` | passages have none beside them, so no loss can compare the two |
+| losses with scales of their own; a scale, and a ranking of the whole corpus | refused with the recipe |
+| simulated int8 | the student teaches in float32 |
 | several processes | the first asks the student, the others wait and read |
 | an interrupted run | what was asked of the same student is kept beside the arrays |
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +29,12 @@ from numpy.typing import NDArray
 from sentence_transformers import CrossEncoder, MultiVectorEncoder, SentenceTransformer
 
 from stillroom_server.distillery.arrays import new_array, open_array
-from stillroom_server.distillery.lessons import ROLES
 from stillroom_server.distillery.scores import ScoreCache, score_by_vectors, score_lessons
 from stillroom_server.distillery.teachers import cross_encoder, late_interaction
+from stillroom_server.distillery.teachers.base import Role
 from stillroom_server.distillery.teachers.bi_encoder import BiEncoder
 from stillroom_server.distillery.teachers.settings import TeacherSettings
 from stillroom_server.distillery.training.bank import Bank
-from stillroom_server.distillery.training.settings import Learned
 from stillroom_server.distillery.training.train import Student, processes
 from stillroom_server.distillery.vectors import VectorCache, embed_lessons
 
@@ -45,7 +47,8 @@ def succeeded(
     bank: Bank,
     folder: Path,
     *,
-    towers: Learned = "query",
+    roles: Sequence[Role] = ("query",),
+    scale: float = 1.0,
     progress: Progress = lambda done, total: None,
 ) -> Bank:
     """The bank with what `student` says instead.
@@ -53,24 +56,35 @@ def succeeded(
     Args:
         bank: what the student learned from.
         folder: where its answers are written.
-        towers: which texts students read, as in the settings of training.
+        roles: of the texts that a tower reads.
+        scale: the losses' `student_scale`.
     """
-    vectors, scores = folder / "vectors.npy", folder / "scores.npy"
-    lessons, state, embeds = bank.lessons, processes(), isinstance(student, SentenceTransformer)
-    if state.is_main_process:
-        if isinstance(student, SentenceTransformer):
-            own = _embedded(student, bank, folder, towers, progress)
-            _beside(own, bank, vectors)
-            if bank.scores is not None:
-                score_by_vectors(open_array(vectors), lessons, scores)
-        else:
-            score_lessons(_reader(student), lessons, ScoreCache(folder / "said"), scores, progress)
-    state.wait_for_everyone()
+    if processes().is_main_process:
+        _tell(student, bank, folder, roles, scale, progress)
+    processes().wait_for_everyone()
+    embeds = isinstance(student, SentenceTransformer)
     return Bank(
-        lessons,
-        open_array(vectors) if embeds else bank.vectors,
-        None if bank.scores is None else open_array(scores),
+        bank.lessons,
+        open_array(folder / "vectors.npy") if embeds else bank.vectors,
+        None if bank.scores is None else open_array(folder / "scores.npy"),
     )
+
+
+def _tell(student: Student, bank: Bank, folder: Path, roles: Sequence[Role], scale: float, progress: Progress) -> None:
+    """Ask the student, and write `vectors.npy` and `scores.npy` where the bank has them."""
+    raw, lessons = folder / "raw.npy", bank.lessons
+    if isinstance(student, SentenceTransformer):
+        rows, cache = lessons.rows_of(*roles), VectorCache(folder / "said")
+        own = embed_lessons(BiEncoder(student, TeacherSettings()), lessons, cache, raw, progress, rows=rows)
+        others = bank.vectors if bank.vectors is not None and bank.vectors.shape[1] == own.shape[1] else None
+        vectors = _written(folder / "vectors.npy", own, lambda block, part: _filled(block, others, part))
+        if bank.scores is not None:
+            score_by_vectors(vectors, lessons, raw)
+    elif bank.scores is not None:
+        score_lessons(_reader(student), lessons, ScoreCache(folder / "said"), raw, progress)
+    if bank.scores is not None:
+        _written(folder / "scores.npy", open_array(raw), lambda block, part: scale * block)
+    raw.unlink(missing_ok=True)
 
 
 def _reader(
@@ -81,22 +95,18 @@ def _reader(
     return cross_encoder.CrossEncoder(student, TeacherSettings(kind="cross-encoder"))
 
 
-def _embedded(
-    student: SentenceTransformer, bank: Bank, folder: Path, towers: Learned, progress: Progress
-) -> NDArray[Any]:
-    """Vectors of the texts that the student reads, (texts, its dim); NaN for the others."""
-    rows = bank.lessons.rows_of(*(ROLES if towers == "both" else ("query",)))
-    embedder = BiEncoder(student, TeacherSettings())
-    return embed_lessons(embedder, bank.lessons, VectorCache(folder / "said"), folder / "own.npy", progress, rows=rows)
-
-
-def _beside(own: NDArray[Any], bank: Bank, out: Path) -> None:
+def _filled(own: NDArray[Any], others: NDArray[Any] | None, part: slice) -> NDArray[Any]:
     """The student's vectors, and where it has none those of the bank, if they are as long."""
-    others = bank.vectors if bank.vectors is not None and bank.vectors.shape[1] == own.shape[1] else None
-    with new_array(out, own.shape, own.dtype) as array:
-        for start in range(0, len(own), _BLOCK):
-            block = np.array(own[start : start + _BLOCK])
-            if others is not None:
-                absent = np.isnan(block).any(1)
-                block[absent] = others[start : start + _BLOCK][absent]
-            array[start : start + _BLOCK] = block
+    if others is None:
+        return own
+    absent = np.isnan(own).any(1)
+    return np.where(absent[:, None], others[part], own)
+
+
+def _written(out: Path, source: NDArray[Any], change: Callable[[NDArray[Any], slice], NDArray[Any]]) -> NDArray[Any]:
+    """The array, changed block by block, memory-mapped from `out`."""
+    with new_array(out, source.shape, source.dtype) as array:
+        for start in range(0, len(source), _BLOCK):
+            part = slice(start, start + _BLOCK)
+            array[part] = change(source[part], part)
+    return open_array(out)

@@ -27,8 +27,10 @@ from stillroom_shared.errors import DataError
 from stillroom_shared.release import ONNX_FILES, RERANKER_FOLDER
 from stillroom_simulations.evaluate import Run
 from stillroom_simulations.evaluating.kept import Kept
-from stillroom_simulations.evaluating.systems import Bytes, Progress, Ranking, as_run, silent
+from stillroom_simulations.evaluating.systems import Bytes, Progress, Ranking, silent
 
+_APART = 1e-9
+"""Between scores that were equal: less than what is between others."""
 Asked = Literal["dense", "bm25", "hybrid", "rerank"]
 MODES: tuple[Asked, ...] = get_args(Asked)
 
@@ -81,10 +83,13 @@ class HomeSearcher:
         return Bytes(_size(query) + reads, _size(document), size / device.store.count())
 
     def run(self, queries: Sequence[Query], depth: int, progress: Progress = silent) -> Run:
-        """Scores are ranks."""
+        """The device's scores; what lies deeper than somebody sees follows below them, in its order."""
         run: Run = {}
         for done, query in enumerate(queries, start=1):
-            run[query.id] = as_run(list(dict.fromkeys([*self._shown(query.text), *self._deep(query.text, depth)])))
+            run[query.id] = shown = dict(self._shown(query.text))
+            least = min(shown.values(), default=0.0)
+            deeper = [passage for passage, _ in self._deep(query.text, depth) if passage not in shown]
+            shown |= {passage: least - place for place, passage in enumerate(deeper, start=1)}
             progress(done, len(queries))
         return run
 
@@ -95,31 +100,40 @@ class HomeSearcher:
         return text, self.home.device.embed_queries([text])
 
     def search(self, encoded: Any, k: int) -> Ranking:
-        """What `Device.search` does after its query tower; scores are ranks."""
+        """What `Device.search` does after its query tower."""
         text, vectors = encoded
         if self.home.mode == "rerank":
-            return list(as_run(self._ids(text, k, rerank=USUAL)).items())
+            return self._found(text, k, rerank=USUAL)
         device, mode = self.home.device, self._mode
         with device.indexes.current(dense=mode != "bm25", text=mode != "dense") as current:
             found = ranking(current, mode, text, vectors, k, None)
             stored = device.catalog.found(fused.row for fused in found)
-        return list(as_run([stored[fused.row].passage.id for fused in found]).items())
+        return _falling([(stored[fused.row].passage.id, fused.score) for fused in found])
 
     @property
     def _mode(self) -> Mode:
         return "hybrid" if self.home.mode == "rerank" else self.home.mode
 
-    def _shown(self, text: str) -> list[str]:
+    def _shown(self, text: str) -> Ranking:
         """What somebody sees: a search for at most as many results as lists are deep anyway."""
         rerank = USUAL if self.home.mode == "rerank" else 0
-        return self._ids(text, rerank or DEPTH, rerank=rerank)
+        return self._found(text, rerank or DEPTH, rerank=rerank)
 
-    def _deep(self, text: str, depth: int) -> list[str]:
-        return self._ids(text, depth) if depth > DEPTH or self.home.mode == "rerank" else []
+    def _deep(self, text: str, depth: int) -> Ranking:
+        return self._found(text, depth) if depth > DEPTH or self.home.mode == "rerank" else []
 
-    def _ids(self, text: str, k: int, rerank: int = 0) -> list[str]:
+    def _found(self, text: str, k: int, rerank: int = 0) -> Ranking:
         hits = self.home.device.search(text, k, mode=self._mode, rerank=rerank, cached=False)
-        return [hit.passage_id for hit in hits]
+        return _falling([(hit.passage_id, hit.score) for hit in hits])
+
+
+def _falling(ranking: Ranking) -> Ranking:
+    """With equal scores a hair apart: a device orders them otherwise than a table of scores does.
+
+    >>> [score for _, score in _falling([("b", 0.5), ("a", 0.5)])]
+    [0.5, 0.499999999]
+    """
+    return [(passage, score - _APART * place) for place, (passage, score) in enumerate(ranking)]
 
 
 def _size(path: Path) -> int:

@@ -22,9 +22,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from stillroom_client.rerank import reranked
 from stillroom_shared.corpus import Passage, Query
-from stillroom_shared.scales import FIRST_SHARE, blended
+from stillroom_shared.scales import FIRST_SHARE, blended, reranked
 from stillroom_simulations.evaluate import Run
 from stillroom_simulations.evaluating.kept import Kept
 from stillroom_simulations.evaluating.systems import Bytes, Progress, Ranking, Searcher, System, as_run, silent
@@ -86,9 +85,9 @@ class RerankingSearcher:
         run: Run = {}
         for query, logits in zip(asked, scored, strict=True):
             before = [found[query.id][passage] for passage in tops[query.id]]
-            scores = blended(np.array(before), logits, self.system.share)
-            top = sorted(zip((-scores).tolist(), tops[query.id], strict=True))
-            ranking = [*(passage for _, passage in top), *ranked[query.id][self.system.top :]]
+            order = reranked(blended(np.array(before), logits, self.system.share), logits)
+            top = [tops[query.id][place] for place in order]
+            ranking = [*top, *ranked[query.id][self.system.top :]]
             run[query.id] = as_run(ranking[:depth])
         return run
 
@@ -102,7 +101,7 @@ class RerankingSearcher:
         top = self.first.search(first, self.system.top)
         logits = self._logits(text, [self.texts[passage] for passage, _ in top])
         scores = blended(np.array([score for _, score in top]), logits, self.system.share)
-        return [(top[place][0], float(scores[place])) for place in reranked(scores)[:k]]
+        return [(top[place][0], float(scores[place])) for place in reranked(scores, logits)[:k]]
 
     def _of_items(self, items: Sequence[str]) -> list[NDArray[np.float32]]:
         def scored(item: str) -> NDArray[np.float32]:

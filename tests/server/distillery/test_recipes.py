@@ -6,6 +6,7 @@ import itertools
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -24,6 +25,8 @@ from stillroom_server.distillery.run import Run, load_student
 from stillroom_server.distillery.stages import STAGES, expected, planned, stage_keys
 from stillroom_server.distillery.students.towers import bert_of
 from stillroom_server.distillery.teachers.settings import TeacherSettings
+from stillroom_server.distillery.training.curriculum import Curriculum
+from stillroom_server.distillery.training.train import Student
 from stillroom_shared.errors import SettingsError
 from stillroom_shared.progress import Progress, Stage
 from stillroom_shared.settings_file import fields
@@ -114,6 +117,16 @@ def test_the_manual_page_of_recipes_is_current() -> None:
             "[teachers.minilm]\n[pruning]\nheads = 0.5\nteacher = 'pruned'\n[losses.hidden_states]\nweight = 1.0\n",
             "pruning.teacher is pruned, and a loss compares layers",
         ),
+        (
+            "[teachers.minilm]\n[pruning]\nheads = 0.5\nteacher = 'pruned'\n[losses.margin_mse]\nweight = 1.0\n"
+            "[losses.listwise_kl]\nweight = 1.0\nstudent_scale = 20.0\n",
+            "losses have student_scale 1, 20: a student's scores are told at one scale",
+        ),
+        (
+            "documents = 'minilm'\n[teachers.minilm]\n[pruning]\nheads = 0.5\nteacher = 'pruned'\n"
+            "[training]\nranked = 'corpus'\n[losses.listwise_kl]\nweight = 1.0\nstudent_scale = 20.0\n",
+            "losses have student_scale 20: .* and at 1 with training.ranked corpus",
+        ),
         ("[teachers.minilm]\n", "gives no loss a weight"),
         ("[teachers.minilm]\n[losses.align]\nweight = 1.0\n", "losses.align.weight is unknown"),
     ],
@@ -166,7 +179,9 @@ def test_a_run_makes_a_model_and_does_each_stage_once(tmp_path: Path, teacher: P
     assert (tmp_path / "out" / "student" / "model.safetensors").stat().st_mtime_ns != stamp
 
 
-def test_a_pruned_student_learns_from_itself_as_it_was_before(tmp_path: Path, teacher: Path, data: Path) -> None:
+def test_a_pruned_student_learns_from_itself_as_it_was_before(
+    tmp_path: Path, teacher: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Guards against steps that all learn from the first teacher, or from the student that is being trained."""
     chosen = recipe(
         "documents = 'minilm'\n[data.negatives]\ncount = 3\n[losses.cosine]\nweight = 1.0\n[losses.listwise_kl]\n"
@@ -188,9 +203,18 @@ def test_a_pruned_student_learns_from_itself_as_it_was_before(tmp_path: Path, te
     finished(Run(Recipe.model_validate({**chosen.model_dump(), **changed}), tmp_path / "original", tmp_path / "cache"))
     assert not (tmp_path / "original" / "training" / "pruned-1" / "vectors.npy").exists()
     shutil.rmtree(out / "student")
+    (out / "training" / "pruned-1" / "learned.pt").unlink()
     stamp = out / ".stages" / "train.json"
     stamp.write_text(stamp.read_text().replace('"done": true', '"done": false'))
-    finished(Run(chosen, out, tmp_path / "cache"))  # interrupted at its very end: nothing is learned twice
+    learned, learn = list[Path](), Curriculum.learn
+
+    def counted(self: Curriculum, student: Student, folder: Path, **options: Any) -> None:
+        learned.append(folder)
+        learn(self, student, folder, **options)
+
+    monkeypatch.setattr(Curriculum, "learn", counted)
+    finished(Run(chosen, out, tmp_path / "cache"))  # interrupted in its last phase, which alone is learned again
+    assert learned == [out / "training" / "pruned-1"]
     again = SentenceTransformer(str(out / "student"), device="cpu")
     np.testing.assert_array_equal(again.encode(WORDS), student.encode(WORDS))
 

@@ -17,6 +17,7 @@ from stillroom_client.device import Device
 from stillroom_shared.cli import build_app
 from stillroom_shared.errors import DataError, SettingsError
 from stillroom_shared.release import Release
+from stillroom_shared.scales import FIRST_SHARE
 from stillroom_simulations.evaluating.run import Choices, compare, evaluate_models
 from stillroom_simulations.evaluating.values import METRICS
 
@@ -163,6 +164,18 @@ def test_the_command_prints_tables_and_json(data: Path, bi: Path, cross: Path, t
             for model in own["models"]:
                 del model["latency_ms"]
     assert found == written, "the second run reads what the first one kept"
+
+
+def test_the_command_can_leave_the_first_stage_out_of_a_rerankers_scores(
+    data: Path, cross: Path, tmp_path: Path
+) -> None:
+    """An option that is parsed and forgotten; a default of the command line that is not the device's."""
+    words = [str(cross), "--data", str(data), "--latency", "0", "--set", f"speed.cache={tmp_path / 'cache'}", "--json"]
+    told = [json.loads(invoke(*words, *more).stdout) for more in ([], ["--first-share", "0"])]
+    assert [one["first_stage"]["share"] for one in told] == [FIRST_SHARE, 0]
+    assert ["share of" in one["sets"][0]["models"][0]["how"] for one in told] == [True, False]
+    assert told[0]["sets"][0]["models"][0]["per_query"] != told[1]["sets"][0]["models"][0]["per_query"]
+    assert invoke(*words, "--first-share", "2").exit_code == 2
 
 
 def test_the_command_says_what_is_wrong(data: Path, tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import pytest
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Normalize
+from tests.references.blending import reranked
 from tests.simulations import shelves
 from tests.simulations.shelves import PASSAGES, Ranker, check, evaluate, slow_first
 from torch import nn
@@ -24,6 +24,7 @@ from stillroom_server.distillery.rotation import Rotation, rotated_model
 from stillroom_shared.errors import SettingsError
 from stillroom_shared.release import Release
 from stillroom_simulations.evaluating import sentence_models
+from stillroom_simulations.evaluating.homes import Home
 from stillroom_simulations.evaluating.kept import Kept
 
 
@@ -111,6 +112,16 @@ def test_releases_pairs_and_homes_equal_a_slow_ranking(data: Path, bi: Path, hom
                 return [hit.passage_id for hit in device.search(text, 12, mode=mode, cached=False)]
 
             check(found, f"device@{mode}", served)
+            searcher = Home("device", device, mode).index(shelves.corpus(data).passages, Kept(None))
+            for query in shelves.corpus(
+                data
+            ).queries:  # a reranker behind it is told the device's scores, however it asks
+                hits = [(hit.passage_id, hit.score) for hit in device.search(query.text, 12, mode=mode, cached=False)]
+                found_again = searcher.search(searcher.encode(query.text), 12)
+                ran = sorted(searcher.run([query], 12)[query.id].items(), key=lambda one: -one[1])
+                for ranking in (found_again, ran):
+                    assert [passage for passage, _ in ranking] == [passage for passage, _ in hits]
+                    assert [score for _, score in ranking] == pytest.approx([score for _, score in hits], abs=1e-6)
     sizes = found.sets[0].of("tiny").bytes
     assert sizes.query_model == tiny_release.query_onnx("int8").stat().st_size
     assert sizes.passage_model == tiny_release.document_onnx("int8").stat().st_size
@@ -157,17 +168,13 @@ def test_a_cross_encoder_ranks_together_with_its_first_stage(data: Path, bi: Pat
     model: Any = sentence_models.load_model(str(bi)).model
     texts, base = shelves.full_texts(), slow_first(data, bi)
 
-    def standard(values: list[float]) -> list[float]:
-        return [(one - statistics.mean(values)) / statistics.pstdev(values) for one in values]
-
     def slow(text: str, share: float = 0.5) -> list[str]:
         order = base(text)
         top = order[:4]
         asked, read = model.encode(text, normalize_embeddings=True), model.encode([texts[key] for key in top])
         cosines = [float(asked @ own / np.linalg.norm(own)) for own in read]
         logits = scorer.predict([(text, texts[key]) for key in top], activation_fn=nn.Identity()).tolist()
-        both = zip(top, standard(cosines), standard(logits), strict=True)
-        return [*shelves.ranked({key: share * a + (1 - share) * b for key, a, b in both}), *order[4:]]
+        return [*(top[place] for place in reranked(cosines, logits, share)), *order[4:]]
 
     check(found, "cross", slow)
     assert found.sets[0].of("cross").how == "torch float32, reads the best 4 of model, whose scores have a share of 0.5"

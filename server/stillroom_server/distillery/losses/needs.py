@@ -7,7 +7,7 @@ are scored (`training/reading.py`).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 from stillroom_server.distillery.losses.alignment import SIDES
 from stillroom_server.distillery.losses.settings import (
@@ -15,6 +15,7 @@ from stillroom_server.distillery.losses.settings import (
     CosineSettings,
     L2Settings,
     LossesSettings,
+    MarginMseSettings,
     TokenPoolingSettings,
     Weighted,
 )
@@ -34,6 +35,16 @@ def needs(settings: LossesSettings) -> Names:
     ['student_queries', 'student_scores', 'teacher_queries']
     """
     return Names().union(*(reads(name, group) | shortened(name, group, settings) for name, group in settings.active()))
+
+
+def scales(settings: LossesSettings) -> frozenset[float]:
+    """What the student's scores are multiplied by where losses compare them with the teacher's.
+
+    >>> scales(LossesSettings.model_validate({"cosine": {"weight": 1}, "margin_mse": {"weight": 1, "student_scale": 20}}))
+    frozenset({20.0})
+    """
+    told = [group for name, group in settings.active() if "teacher_scores" in reads(name, group)]
+    return frozenset(cast(MarginMseSettings, group).student_scale for group in told)
 
 
 def reads(name: str, settings: Weighted) -> Names:
