@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import os
 import random
@@ -15,33 +14,18 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from tests.server.distillery.gathering import ANIMALS, NOTHING, beir, judged, passages, queries, read
 
 from stillroom_server.distillery.data import huggingface
 from stillroom_server.distillery.data.documentation import headed, sections
 from stillroom_server.distillery.data.intake import Intake
-from stillroom_server.distillery.data.leakage import Excluded, excluded
+from stillroom_server.distillery.data.leakage import excluded
 from stillroom_server.distillery.data.sampling import sample
 from stillroom_server.distillery.data.settings import DataSettings, ExcludeSettings, SourceSettings
-from stillroom_server.distillery.data.sources import gather, source_key
-from stillroom_server.distillery.lessons import Lessons, LessonsWriter
+from stillroom_server.distillery.data.sources import source_key
+from stillroom_server.distillery.lessons import LessonsWriter
 from stillroom_shared.errors import DataError, SettingsError
 from stillroom_shared.settings_file import load
-
-NOTHING = Excluded.of(())
-ANIMALS = ("tapir", "zebra", "otter", "lemur", "heron", "gecko", "bison", "okapi")
-
-
-def beir(folder: Path, qrels: dict[str, list[tuple[str, str, int]]], *, animals: Sequence[str] = ANIMALS) -> Path:
-    """A folder with a passage and a query for each animal; the first corpus file is gzipped, as published ones are."""
-    (folder / "qrels").mkdir(parents=True)
-    passages = [{"_id": a, "title": a.title(), "text": f"The {a} eats leaves near the river."} for a in animals]
-    with gzip.open(folder / "corpus.jsonl.gz", "wt") as file:
-        file.writelines(json.dumps(one) + "\n" for one in passages)
-    queries = [{"_id": f"q-{a}", "text": f"What does the {a} eat?"} for a in animals]
-    (folder / "queries.jsonl").write_text("".join(json.dumps(one) + "\n" for one in queries))
-    for split, rows in qrels.items():
-        (folder / "qrels" / f"{split}.tsv").write_text("".join(f"{q}\t{p}\t{s}\n" for q, p, s in rows))
-    return folder
 
 
 @pytest.fixture
@@ -52,25 +36,6 @@ def zoo(tmp_path: Path) -> Path:
         tmp_path / "zoo",
         {"train": train, "dev": [("q-gecko", "gecko", 1)], "test": [("q-bison", "bison", 1), ("q-okapi", "okapi", 1)]},
     )
-
-
-def read(settings: SourceSettings, folder: Path, *, without: Excluded = NOTHING, seed: int = 0) -> Lessons:
-    return gather(settings, folder, excluded=without, seed=seed)
-
-
-def queries(lessons: Lessons) -> set[str]:
-    return set(lessons.texts(lessons.rows("query")))
-
-
-def passages(lessons: Lessons) -> set[str]:
-    return set(lessons.texts(lessons.rows("passage")))
-
-
-def judged(lessons: Lessons) -> set[tuple[str, str, int]]:
-    pairs = zip(
-        lessons.texts(lessons.queries), lessons.texts(lessons.passages[:, 0]), lessons.grades[:, 0], strict=True
-    )
-    return {(query, passage.partition("\n")[0], int(grade)) for query, passage, grade in pairs}
 
 
 def test_test_queries_are_never_read(zoo: Path, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from tests.server.distillery.test_data_sources import passages, queries, read
+from tests.server.distillery.gathering import passages, queries, read
 
 from stillroom_server.distillery.data.questions import read_words
 from stillroom_server.distillery.data.settings import SourceSettings

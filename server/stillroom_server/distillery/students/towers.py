@@ -21,7 +21,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from sentence_transformers import CrossEncoder, MultiVectorEncoder, SentenceTransformer
@@ -64,10 +64,9 @@ def first_of(model: Model) -> Any:
 
 def linear_of(module: object) -> nn.Linear | None:
     """The map of a `Dense` that does nothing else; None of any other module."""
-    plain = (
-        isinstance(module, Dense) and isinstance(module.activation_function, nn.Identity) and not module.use_residual
-    )
-    return cast(Dense, module).linear if plain else None
+    if not isinstance(module, Dense) or module.use_residual or not isinstance(module.activation_function, nn.Identity):
+        return None
+    return module.linear
 
 
 def with_tower(model: AnyModel, tower: BertModel) -> AnyModel:
