@@ -7,16 +7,20 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from stillroom_server.distillery import cli as distillery
 
+if TYPE_CHECKING:
+    from stillroom_shared.release import Release
+
 
 def register(app: typer.Typer) -> None:
     """Add the commands of the server room."""
-    group = typer.Typer(name="release", help="Verify and show releases.", no_args_is_help=True)
+    group = typer.Typer(name="release", help="Make, verify and show releases.", no_args_is_help=True)
+    group.command()(create)
     group.command()(verify)
     group.command()(operators)
     app.add_typer(group)
@@ -28,6 +32,66 @@ def register(app: typer.Typer) -> None:
     distillery.register(app)
 
 
+def create(
+    model: Annotated[
+        Path,
+        typer.Argument(help="The query tower: model/ of `stillroom distill run`, or a Sentence Transformers folder."),
+    ],
+    out: Annotated[Path, typer.Argument(help="Folder of the release, which must not exist.")],
+    key: Annotated[
+        Path, typer.Option(help="File of the operator's key, made on first use; devices take releases of one key only.")
+    ] = Path("operator.key"),
+    documents: Annotated[
+        str | None, typer.Option(help="Folder or name of the document tower.  [default: what the recipe says]")
+    ] = None,
+    reranker: Annotated[Path | None, typer.Option(help="Folder of a cross-encoder that the release brings.")] = None,
+    settings: Annotated[
+        Path | None, typer.Option(envvar="STILLROOM_SETTINGS", help="A TOML file; docs/settings.md lists its keys.")
+    ] = None,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change a setting: adapter.rank, adapter.targets."),
+    ] = None,
+) -> None:
+    """Make a signed release of a distilled query tower, with its document tower and the sources of its text."""
+    from stillroom_shared.asked import only_our_own_progress, pairs
+
+    only_our_own_progress()
+    from stillroom_server.distillery.releasing import create_release
+    from stillroom_shared.settings import load_settings
+    from stillroom_shared.signing import SigningKey
+
+    adapter, fresh = load_settings(settings, pairs(changes or [])).adapter, not key.exists()
+    operator = SigningKey.load_or_generate(key)
+    if fresh:
+        typer.echo(f"{key} is new: keep it, and keep it secret; devices of this release take no other key's")
+    release = create_release(model, out, key=operator, documents=documents, reranker=reranker, adapter=adapter)
+    typer.echo("\n".join(_shown(release)))
+
+
+def _shown(release: Release) -> list[str]:
+    """What it is, and what it learned from."""
+    manifest = release.manifest
+    lines = [
+        f"release {release.id[:16]} in {release.folder}, signed by {manifest.public_key[:16]}",
+        f"{manifest.dimension} values; queries of {manifest.query_tokens} tokens, passages of {manifest.document_tokens}"
+        + ("; with a reranker" if release.has_reranker else ""),
+        *_learned_from(release),
+        f"stillroom index create --home DIR --release {release.folder}   makes a device that searches with it",
+    ]
+    return lines
+
+
+def _learned_from(release: Release) -> list[str]:
+    sources = release.sources
+    if sources is None:
+        return ["what public text it learned from is not recorded"]
+    return [
+        "learned from:",
+        *(f"  {one['name']}: {one['facts'].get('licence', 'no licence stated')}" for one in sources),
+    ]
+
+
 def verify(
     folder: Annotated[Path, typer.Argument(help="Folder of the release.")],
     key: Annotated[str | None, typer.Option(help="Public key that must have signed it, in hexadecimal.")] = None,
@@ -37,6 +101,7 @@ def verify(
 
     release = open_release(folder, trusted_key=key)
     typer.echo(release.manifest.model_dump_json(indent=2, exclude={"files"}))
+    typer.echo("\n".join(_learned_from(release)))
     typer.echo("every file and the signature hold")
 
 

@@ -13,6 +13,7 @@ run time without exporting again. The torch weights hold the same adapter merged
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +55,8 @@ TOKENIZER_NAME = "tokenizer.json"
 ADAPTER_NAME = "adapter.safetensors"
 RERANKER_FOLDER = "reranker"
 RERANKER_SETTINGS = "reranker.json"
+SOURCES_NAME = "sources.json"
+"""Which public text the towers learned from; a release without it does not say."""
 ADAPTER_INPUT = "adapter."  # prefix of the overridable initializers' names
 
 
@@ -179,6 +182,17 @@ class Release:
     def has_reranker(self) -> bool:
         """Whether it brings a cross-encoder that reads the best results again."""
         return f"{RERANKER_FOLDER}/{RERANKER_SETTINGS}" in self.manifest.files
+
+    @property
+    def sources(self) -> list[dict[str, Any]] | None:
+        """Names of the public text that the towers learned from, with what is known about each; None where nobody says."""
+        if SOURCES_NAME not in self.manifest.files:
+            return None
+        try:
+            said = json.loads(self.read(self.folder / SOURCES_NAME))["sources"]
+            return None if said is None else [{"name": str(one["name"]), "facts": dict(one["facts"])} for one in said]
+        except (KeyError, TypeError, ValueError) as error:
+            raise ReleaseError(f"{self.folder / SOURCES_NAME} cannot be read ({error!r}): upgrade Stillroom") from error
 
     def read(self, path: Path) -> bytes:
         """Content of one of this release's files, verified again as it is read."""

@@ -28,6 +28,7 @@ from stillroom_client.device import Device
 from stillroom_client.held_back import set_held_back_key
 from stillroom_server.coordinate import RoundReport
 from stillroom_server.distil import distil, public_lessons
+from stillroom_server.distillery.releasing import write_sources
 from stillroom_server.publish import publish_release
 from stillroom_server.teacher import tower_of
 from stillroom_shared.adapter import AdapterSpec
@@ -164,6 +165,7 @@ class DemoRun(RunContext):
                 adapter_round=0,
                 privacy_statement=None,
                 document_tokens=int(self.teacher.max_seq_length or 256),
+                extras=lambda folder: write_sources(folder, self.public_sources, lessons=self.public.content_hash),
             )
 
         return self.space.stage("release", self.key("release"), ["release"], work)

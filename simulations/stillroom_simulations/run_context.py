@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +22,7 @@ from stillroom_client.encoder import Encoder
 from stillroom_client.records import MAXIMUM_RECORDS
 from stillroom_client.training import Record, Trainer
 from stillroom_server.coordinate import Coordinator
+from stillroom_server.distillery.data.sources import versions_of
 from stillroom_server.teacher import TeacherVectors, load_teacher
 from stillroom_shared.corpus import Corpus
 from stillroom_shared.processor import native_bfloat16
@@ -63,6 +65,14 @@ class RunContext:
     def private(self) -> Corpus:
         """Text that only devices read; evaluation stands outside of the federation and reads all."""
         return self.corpora[1]
+
+    @property
+    def public_sources(self) -> list[dict[str, Any]]:
+        """What the release says it learned from: each public owner, a package with version and licence where it is one."""
+        if self.settings.corpus.data is not None:
+            return [{"name": owner, "facts": {"kind": "beir"}} for owner in self.public.owners]
+        known = versions_of(self.public.owners)
+        return [{"name": owner, "facts": {"kind": "docstrings", **facts}} for owner, facts in known.items()]
 
     @property
     def corpus_hash(self) -> str:

@@ -79,7 +79,7 @@ def source_key(settings: SourceSettings) -> str:
     """Changes when what a local source reads from does: content of files, versions of packages."""
     digest = hashlib.sha256(settings.model_dump_json().encode())
     if settings.kind in ("docstrings", "documentation"):
-        digest.update(repr(_versions(settings.packages)).encode())
+        digest.update(repr(versions_of(settings.packages)).encode())
     elif (folder := _folder(settings)).exists():
         digest.update(content_key(folder).encode())
     return digest.hexdigest()[:16]
@@ -236,13 +236,13 @@ def _passage_key(text: str) -> tuple[str, str]:
 
 
 def _packages(settings: SourceSettings) -> Facts:
-    packages = _versions(settings.packages)
+    packages = versions_of(settings.packages)
     licences = "; ".join(sorted({one["licence"] for one in packages.values()}))
     return {"packages": packages, "licence": settings.licence or licences}
 
 
-def _versions(packages: tuple[str, ...]) -> dict[str, dict[str, str]]:
-    """Version and licence of each package by import name."""
+def versions_of(packages: tuple[str, ...]) -> dict[str, dict[str, str]]:
+    """Version and licence of each package by import name. Raises `DataError` for one that is not installed."""
     distributions = importlib.metadata.packages_distributions()
     known = {}
     for package in packages:
