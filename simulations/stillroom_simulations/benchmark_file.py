@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import importlib.metadata
+import operator
 import platform
 import subprocess
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from stillroom_shared.processor import processor_name
 from stillroom_simulations.intervals import Interval
 from stillroom_simulations.results import Ratio
 
+_COMPARED: Mapping[str, Callable[[float, float], bool]] = {">=": operator.ge, "<=": operator.le, ">": operator.gt}
 _VERSIONS = (
     "stillroom",
     "flwr",
@@ -29,6 +32,22 @@ def figure(interval: Interval, unit: str, goal: str | None = None) -> dict[str, 
     if goal is not None:
         made |= {"goal": goal, "holds": Ratio.judge(interval, goal).holds}
     return made
+
+
+def outcome(found: Mapping[str, Any]) -> str:
+    """What came of a figure's goal, in words.
+
+    >>> [outcome({"value": 0.97, "interval": [low, 0.98], "goal": ">= 0.96", "holds": low >= 0.96}) for low in (0.963, 0.957)]
+    ['holds', 'value only']
+    >>> outcome({"value": 0.9, "interval": [0.89, 0.97], "goal": ">= 0.96", "holds": False})
+    'missed'
+    """
+    if found["holds"]:
+        return "holds"
+    value, named = found.get("value"), found.get("goal", "").partition(" ")
+    compared = _COMPARED.get(named[0])
+    nearly = "interval" in found and value is not None and compared is not None and compared(value, float(named[2]))
+    return "value only" if nearly else "missed"
 
 
 def commit() -> str:

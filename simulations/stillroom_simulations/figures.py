@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from stillroom_shared.statement import READERS, printed_epsilon
+from stillroom_simulations.benchmark_file import outcome
 from stillroom_simulations.distill_bench.tables import of_distill
 from stillroom_simulations.search_bench.tables import of_search
 from stillroom_simulations.utility_chart import FAMILIES
@@ -105,7 +106,7 @@ def _of_privacy(benchmark: dict[str, Any]) -> str:
 
 def _judged(share: dict[str, Any]) -> str:
     """A share with its interval, and what came of its goal where it has one."""
-    return _cell(share, places=2) + ({True: ", holds", False: ", missed"}[share["holds"]] if "goal" in share else "")
+    return _cell(share, places=2) + (f", {outcome(share)}" if "goal" in share else "")
 
 
 def _of_demo(benchmark: dict[str, Any]) -> str:
@@ -113,7 +114,7 @@ def _of_demo(benchmark: dict[str, Any]) -> str:
     figures, privacy, corpus = benchmark["figures"], benchmark["privacy"], benchmark["corpus"]
     quality = [f"| {words} | {_cell(figures[f'{name}.ndcg_at_10'])} |" for name, words in _QUALITY.items()]
     goals = [
-        f"| {words} | {_cell(figures[name])} | {figures[name]['goal']} | {'holds' if figures[name]['holds'] else 'missed'} |"
+        f"| {words} | {_cell(figures[name])} | {figures[name]['goal']} | {outcome(figures[name])} |"
         for name, words in _GOALS.items()
     ]
     seeds = len(benchmark["seeds"])

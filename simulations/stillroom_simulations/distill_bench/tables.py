@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from stillroom_simulations.benchmark_file import outcome
+
 Figures = Mapping[str, Mapping[str, Any]]
 
 _TITLES = {
@@ -42,7 +44,7 @@ def of_distill(benchmark: Mapping[str, Any]) -> str:
         parts.append(_memory(figures))
     goals = [(key, one) for key, one in figures.items() if "goal" in one]
     if goals:
-        rows = [(_place(key), _words(key, one), _value(one), one["goal"], _outcome(one)) for key, one in goals]
+        rows = [(_place(key), _words(key, one), _value(one), one["goal"], outcome(one)) for key, one in goals]
         parts.append(_table(("goal of", "figure", "value (95% interval)", "goal", "outcome"), rows))
     beside = [(key, one) for key, one in figures.items() if "goal" not in one and _is_beside(*_tail(key))]
     if beside:
@@ -173,10 +175,6 @@ def _value(one: Mapping[str, Any]) -> str:
         low, high = one["interval"]
         text += f" ({low:.3f} to {high:.3f})"
     return text + (f": {', '.join(one['sets'])}" if one.get("sets") else "")
-
-
-def _outcome(one: Mapping[str, Any]) -> str:
-    return "holds" if one["holds"] else "missed"
 
 
 def _context(benchmark: Mapping[str, Any]) -> Iterator[str]:

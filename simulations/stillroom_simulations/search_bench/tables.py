@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from stillroom_simulations.benchmark_file import outcome
+
 
 def of_search(benchmark: Mapping[str, Any]) -> str:
     """Searches side by side, kinds of index, growth, clients, goals; and a line that says what it was measured on."""
@@ -41,10 +43,7 @@ def of_search(benchmark: Mapping[str, Any]) -> str:
     parts.append(
         _table(
             ("goal", "measured", "outcome"),
-            [
-                (of["goal"], f"{of['value']:.3g}" if "value" in of else "", "holds" if of["holds"] else "missed")
-                for of in figures["goals"]
-            ],
+            [(of["goal"], f"{of['value']:.3g}" if "value" in of else "", outcome(of)) for of in figures["goals"]],
         )
     )
     return "\n\n".join([*parts, _context(benchmark)])
