@@ -72,14 +72,13 @@ def create(
 def _shown(release: Release) -> list[str]:
     """What it is, and what it learned from."""
     manifest = release.manifest
-    lines = [
+    return [
         f"release {release.id[:16]} in {release.folder}, signed by {manifest.public_key[:16]}",
         f"{manifest.dimension} values; queries of {manifest.query_tokens} tokens, passages of {manifest.document_tokens}"
         + ("; with a reranker" if release.has_reranker else ""),
         *_learned_from(release),
         f"stillroom index create --home DIR --release {release.folder}   makes a device that searches with it",
     ]
-    return lines
 
 
 def _learned_from(release: Release) -> list[str]:

@@ -24,6 +24,7 @@ from stillroom_shared.errors import ReleaseError
 from stillroom_shared.lowrank import attach, merge, set_adapter
 from stillroom_shared.release import DOCUMENT_FOLDER, ONNX_FILES, TOKENIZER_NAME, Release, open_release, seal_release
 from stillroom_shared.sealed import new_folder
+from stillroom_shared.settings import AdapterSettings
 from stillroom_shared.signing import SigningKey
 
 
@@ -85,6 +86,33 @@ def publish_release(
         }
         seal_release(partial, fields, key)
     return open_release(folder, trusted_key=key.public)
+
+
+def publish_first(
+    folder: Path,
+    *,
+    query_tower: BertModel,
+    document_tower: BertModel,
+    tokenizer: PreTrainedTokenizerFast,
+    adapter: AdapterSettings,
+    key: SigningKey,
+    query_tokens: int = 32,
+    document_tokens: int = 256,
+    extras: Callable[[Path], object] | None = None,
+) -> Release:
+    """A release of distilled towers, before any round: no parent, no adapter, every layer of the query tower adaptable."""
+    spec = AdapterSpec(
+        rank=adapter.rank,
+        layers=tuple(range(query_tower.config.num_hidden_layers)),
+        targets=adapter.targets,
+        dim=query_tower.config.hidden_size,
+        seed=adapter.seed,
+    )
+    return publish_release(
+        folder, query_tower=query_tower, document_tower=document_tower, tokenizer=tokenizer, spec=spec, adapter=None, key=key,
+        parent=None, adapter_round=0, privacy_statement=None, query_tokens=query_tokens, document_tokens=document_tokens,
+        extras=extras,
+    )  # fmt: skip
 
 
 def _check(

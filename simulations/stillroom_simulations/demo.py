@@ -29,9 +29,8 @@ from stillroom_client.held_back import set_held_back_key
 from stillroom_server.coordinate import RoundReport
 from stillroom_server.distil import distil, public_lessons
 from stillroom_server.distillery.releasing import write_sources
-from stillroom_server.publish import publish_release
+from stillroom_server.publish import publish_first
 from stillroom_server.teacher import tower_of
-from stillroom_shared.adapter import AdapterSpec
 from stillroom_shared.progress import Progress, Stage
 from stillroom_shared.settings import RoundsSettings, Settings
 from stillroom_shared.workspace import key_of
@@ -146,24 +145,13 @@ class DemoRun(RunContext):
             if self.origin is not None:
                 shutil.copytree(self.origin.folder, self.out / "release")
                 return
-            spec = AdapterSpec(
-                rank=self.settings.adapter.rank,
-                layers=tuple(range(len(self.settings.distil.layers))),
-                targets=self.settings.adapter.targets,
-                dim=tower_of(self.teacher).config.hidden_size,
-                seed=self.settings.adapter.seed,
-            )
-            publish_release(
+            publish_first(
                 self.out / "release",
                 query_tower=BertModel.from_pretrained(self.out / "student", add_pooling_layer=False),
                 document_tower=tower_of(self.teacher),
                 tokenizer=self.teacher.tokenizer,
-                spec=spec,
-                adapter=None,
+                adapter=self.settings.adapter,
                 key=self.operator,
-                parent=None,
-                adapter_round=0,
-                privacy_statement=None,
                 document_tokens=int(self.teacher.max_seq_length or 256),
                 extras=lambda folder: write_sources(folder, self.public_sources, lessons=self.public.content_hash),
             )

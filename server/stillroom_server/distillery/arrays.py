@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,8 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from stillroom_shared.files import sync
+
+_BLOCK = 8_192
 
 
 @contextmanager
@@ -33,6 +35,28 @@ def new_array(path: Path, shape: tuple[int, ...], dtype: DTypeLike) -> Iterator[
         sync(path.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def changed_array(
+    out: Path,
+    source: NDArray[Any],
+    change: Callable[[NDArray[Any], slice], NDArray[Any]],
+    *,
+    block: int = _BLOCK,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> NDArray[Any]:
+    """`source` with `change` applied to each block of rows, memory-mapped from `out`, of the type that it had.
+
+    Args:
+        change: of a block and of the rows that it is of to a block of the same shape.
+        block: rows that are held at once.
+    """
+    with new_array(out, source.shape, source.dtype) as array:
+        for start in range(0, len(source), block):
+            part = slice(start, min(start + block, len(source)))
+            array[part] = change(source[part], part)
+            progress(part.stop, len(source))
+    return open_array(out)
 
 
 def open_array(path: Path) -> NDArray[Any]:

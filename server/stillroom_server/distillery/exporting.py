@@ -35,6 +35,8 @@ from stillroom_server.teacher import folder_of
 from stillroom_shared.release import ONNX_FILES
 from stillroom_shared.sealed import new_folder
 
+FACTS = "distillation.json"
+"""What a model of a recipe says of itself, in its folder: recipe, sources, teachers, sizes."""
 DOCUMENTS = "documents"
 """The document tower's folder below that of a model, where the model does not lie in its teacher's own space."""
 _PROBES = 256

@@ -96,17 +96,13 @@ class Recipe(Group):
         if self.teachers and self.teachers[self.origin].kind == "bm25":
             raise ValueError(f"the student would begin from {self.origin!r}, which is bm25: name another in `begins`")
         inside = self.losses.compares_layers or "teacher_tokens" in needs(self.losses)
-        if self.pruning.active and self.pruning.teacher == "pruned" and inside:
+        if self.pruning.teaches_itself and inside:
             raise ValueError(
                 "pruning.teacher is pruned, and a loss compares layers or tokens, which are told of the first teacher: set it "
                 "to original, or the weights of those losses to 0"
             )
         told = scales(self.losses)
-        if (
-            self.pruning.active
-            and self.pruning.teacher == "pruned"
-            and (len(told) > 1 or (told - {1.0} and self.training.ranked == "corpus"))
-        ):
+        if self.pruning.teaches_itself and (len(told) > 1 or (told - {1.0} and self.training.ranked == "corpus")):
             raise ValueError(
                 f"pruning.teacher is pruned, and losses have student_scale {', '.join(f'{one:g}' for one in sorted(told))}: "
                 "a student's scores are told at one scale, and at 1 with training.ranked corpus: set them so, or teacher to "

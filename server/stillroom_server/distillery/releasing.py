@@ -24,22 +24,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import CrossEncoder, SentenceTransformer
 from transformers import BertModel, PreTrainedTokenizerFast
 
+from stillroom_server.distillery.exporting import FACTS
 from stillroom_server.distillery.recipe import Recipe
 from stillroom_server.distillery.students.export import folded
-from stillroom_server.distillery.students.towers import layers_of
 from stillroom_server.distillery.teachers.loading import load_model
-from stillroom_server.publish import publish_release
+from stillroom_server.publish import publish_first
 from stillroom_server.rerankers import export_reranker
-from stillroom_shared.adapter import AdapterSpec
 from stillroom_shared.errors import ReleaseError
 from stillroom_shared.release import SOURCES_NAME, Release
 from stillroom_shared.settings import AdapterSettings
 from stillroom_shared.signing import SigningKey
 
-_FACTS = "distillation.json"
 _PROBES = (
     "how do I open a file for reading",
     "what are the symptoms of a fever",
@@ -77,32 +75,22 @@ def create_release(
     query = _Side.of(str(model), "query tower")
     named = documents or made.documents
     passages = query if named == str(model) else _Side.of(named, "document tower")
-    _refuse_apart(query, passages)
-    chosen = adapter or AdapterSettings()
-    spec = AdapterSpec(
-        rank=chosen.rank,
-        layers=tuple(range(len(layers_of(query.tower)))),
-        targets=chosen.targets,
-        dim=query.tower.config.hidden_size,
-        seed=chosen.seed,
-    )
+    if passages is not query:
+        _refuse_apart(query, passages)
 
     def extras(folder: Path) -> None:
         write_sources(folder, made.sources, teachers=made.teachers, lessons=made.lessons)
         if reranker is not None:
-            export_reranker(reranker, folder, tokens=_pair_tokens(reranker))
+            scorer = load_model(CrossEncoder, str(reranker), device="cpu", local_files_only=True)
+            export_reranker(scorer, folder, tokens=int(scorer.max_seq_length or 256))
 
-    return publish_release(
+    return publish_first(
         out,
         query_tower=query.tower,
         document_tower=passages.tower,
         tokenizer=query.tokenizer,
-        spec=spec,
-        adapter=None,
+        adapter=adapter or AdapterSettings(),
         key=key,
-        parent=None,
-        adapter_round=0,
-        privacy_statement=None,
         query_tokens=query.tokens,
         document_tokens=made.passage_tokens or passages.tokens,
         extras=extras,
@@ -136,11 +124,11 @@ class _Distilled:
     @cached_property
     def _facts(self) -> dict[str, Any]:
         try:
-            found: dict[str, Any] = json.loads((self.folder / _FACTS).read_text())
+            found: dict[str, Any] = json.loads((self.folder / FACTS).read_text())
         except FileNotFoundError:
             return {}
         except (OSError, ValueError) as error:
-            raise ReleaseError(f"{self.folder / _FACTS} cannot be read ({error}): distil the model again") from error
+            raise ReleaseError(f"{self.folder / FACTS} cannot be read ({error}): distil the model again") from error
         return found
 
     @cached_property
@@ -153,7 +141,7 @@ class _Distilled:
         recipe = self._recipe
         if recipe is None:
             raise ReleaseError(
-                f"{self.folder} has no {_FACTS}, which says whose vectors passages have: name the document tower "
+                f"{self.folder} has no {FACTS}, which says whose vectors passages have: name the document tower "
                 "(--documents), which may be the model itself"
             )
         if recipe.rotate:
@@ -236,11 +224,3 @@ def _refuse_apart(query: _Side, passages: _Side) -> None:
             f"{query.name} does not place queries where {passages.name} places passages (mean cosine {cosine:.2f} of texts in "
             "both): name the document tower that it was distilled for (--documents)"
         )
-
-
-def _pair_tokens(reranker: Path) -> int:
-    """Tokens of a pair that the cross-encoder was trained on."""
-    from sentence_transformers import CrossEncoder
-
-    model = load_model(CrossEncoder, str(reranker), device="cpu", local_files_only=True)
-    return int(model.max_seq_length or 256)

@@ -48,7 +48,7 @@ from sentence_transformers.base.modules import Dense, Normalize
 from torch import Tensor, nn
 from torch.nn.functional import kl_div, normalize
 
-from stillroom_server.distillery.arrays import new_array, open_array
+from stillroom_server.distillery.arrays import changed_array
 from stillroom_server.distillery.students.towers import linear_of, principal_directions
 from stillroom_server.distillery.teachers.settings import TeacherSettings
 from stillroom_shared.errors import DataError
@@ -188,11 +188,7 @@ def rotate_array(
     rotation: Rotation, vectors: NDArray[Any], out: Path, progress: Progress = lambda done, total: None
 ) -> NDArray[Any]:
     """All vectors in the rotated space, memory-mapped from the `.npy` file `out`, of the type that they had."""
-    with new_array(out, vectors.shape, vectors.dtype) as array:
-        for start in range(0, len(vectors), _BLOCK):
-            array[start : start + _BLOCK] = rotation(vectors[start : start + _BLOCK])
-            progress(min(start + _BLOCK, len(vectors)), len(vectors))
-    return open_array(out)
+    return changed_array(out, vectors, lambda block, _: rotation(block), block=_BLOCK, progress=progress)
 
 
 def rotated_model(model: SentenceTransformer, rotation: Rotation) -> SentenceTransformer:

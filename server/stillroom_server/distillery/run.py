@@ -26,7 +26,7 @@ from stillroom_server.distillery.architecture.run import search_architecture
 from stillroom_server.distillery.arrays import open_array
 from stillroom_server.distillery.data.prepare import prepare_lessons
 from stillroom_server.distillery.early import refuse_early
-from stillroom_server.distillery.exporting import DOCUMENTS, export_model
+from stillroom_server.distillery.exporting import DOCUMENTS, FACTS, export_model
 from stillroom_server.distillery.faculty import Faculty
 from stillroom_server.distillery.lessons import ROLES, Lessons
 from stillroom_server.distillery.losses.needs import scales
@@ -213,7 +213,7 @@ class Run:
         if self.recipe.rotate:
             shutil.copytree(self.out / DOCUMENTS, model / DOCUMENTS)
             described["rotation"] = {"share_of_squared_length": self._shares}
-        (model / "distillation.json").write_text(json.dumps(described, indent=1, default=str) + "\n")
+        (model / FACTS).write_text(json.dumps(described, indent=1, default=str) + "\n")
 
     @cached_property
     def lessons(self) -> Lessons:
@@ -289,7 +289,7 @@ class Run:
 
         def again(pruned: Student, teacher: Any) -> Student:
             curriculum, folder = self._curriculum, self.out / "training" / f"pruned-{next(steps)}"
-            if recipe.pruning.teacher == "pruned":
+            if recipe.pruning.teaches_itself:
                 roles = ROLES if recipe.training.towers == "both" else ROLES[:1]
                 [scale] = scales(recipe.losses) or {1.0}
                 bank = succeeded(teacher, curriculum.bank, folder, roles=roles, scale=scale, progress=stage)

@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sentence_transformers import CrossEncoder, MultiVectorEncoder, SentenceTransformer
 
-from stillroom_server.distillery.arrays import new_array, open_array
+from stillroom_server.distillery.arrays import changed_array, open_array
 from stillroom_server.distillery.scores import ScoreCache, score_by_vectors, score_lessons
 from stillroom_server.distillery.teachers import cross_encoder, late_interaction
 from stillroom_server.distillery.teachers.base import Role
@@ -38,7 +38,6 @@ from stillroom_server.distillery.training.bank import Bank
 from stillroom_server.distillery.training.train import Student, processes
 from stillroom_server.distillery.vectors import VectorCache, embed_lessons
 
-_BLOCK = 8_192
 Progress = Callable[[int, int], None]
 
 
@@ -77,13 +76,13 @@ def _tell(student: Student, bank: Bank, folder: Path, roles: Sequence[Role], sca
         rows, cache = lessons.rows_of(*roles), VectorCache(folder / "said")
         own = embed_lessons(BiEncoder(student, TeacherSettings()), lessons, cache, raw, progress, rows=rows)
         others = bank.vectors if bank.vectors is not None and bank.vectors.shape[1] == own.shape[1] else None
-        vectors = _written(folder / "vectors.npy", own, lambda block, part: _filled(block, others, part))
+        vectors = changed_array(folder / "vectors.npy", own, lambda block, part: _filled(block, others, part))
         if bank.scores is not None:
             score_by_vectors(vectors, lessons, raw)
     elif bank.scores is not None:
         score_lessons(_reader(student), lessons, ScoreCache(folder / "said"), raw, progress)
     if bank.scores is not None:
-        _written(folder / "scores.npy", open_array(raw), lambda block, part: scale * block)
+        changed_array(folder / "scores.npy", open_array(raw), lambda block, part: scale * block)
     raw.unlink(missing_ok=True)
 
 
@@ -101,12 +100,3 @@ def _filled(own: NDArray[Any], others: NDArray[Any] | None, part: slice) -> NDAr
         return own
     absent = np.isnan(own).any(1)
     return np.where(absent[:, None], others[part], own)
-
-
-def _written(out: Path, source: NDArray[Any], change: Callable[[NDArray[Any], slice], NDArray[Any]]) -> NDArray[Any]:
-    """The array, changed block by block, memory-mapped from `out`."""
-    with new_array(out, source.shape, source.dtype) as array:
-        for start in range(0, len(source), _BLOCK):
-            part = slice(start, start + _BLOCK)
-            array[part] = change(source[part], part)
-    return open_array(out)

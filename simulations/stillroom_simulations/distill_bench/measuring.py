@@ -158,10 +158,11 @@ class Made:
     def identity(self) -> list[str]:
         """Changes with the files of the models that are measured, wherever they lie."""
         folders = [self.model, self.folder / "untrained", Path(folder_of(self.teacher))]
+        ranked_with: list[str] = []
         if self.recipe.student.kind == "reranker":
             folders.append(Path(folder_of(self.arm.settings.first)))
-        share = [str(FIRST_SHARE)] if self.recipe.student.kind == "reranker" else []
-        return [*(content_key(one) for one in folders if one.is_dir()), *share]
+            ranked_with.append(str(FIRST_SHARE))
+        return [*(content_key(one) for one in folders if one.is_dir()), *ranked_with]
 
     @property
     def teacher(self) -> str:

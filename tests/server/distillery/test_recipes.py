@@ -15,7 +15,6 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from sentence_transformers import CrossEncoder, SentenceTransformer
 from tests.server.distillery.learners import WORDS, lessons
-from transformers import BertModel, PreTrainedTokenizerFast
 
 from stillroom_server.distillery.early import refuse_early
 from stillroom_server.distillery.lessons import Lessons
@@ -35,22 +34,6 @@ NAMED = {
     "align", "colbert", "data-free", "listwise", "margin-mse", "matryoshka", "multi-teacher", "rerank",
     "search-architecture", "synthetic",
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def teacher(
-    tmp_path_factory: pytest.TempPathFactory,
-    tiny_towers: tuple[BertModel, BertModel],
-    tiny_tokenizer: PreTrainedTokenizerFast,
-) -> Path:
-    """A bi-encoder of two layers."""
-    from tests.server.distillery.learners import tower
-
-    found = tmp_path_factory.mktemp("teacher")
-    tiny_towers[1].save_pretrained(found / "tower")
-    tiny_tokenizer.save_pretrained(found / "tower")
-    tower(found / "tower").save_pretrained(str(found / "model"), create_model_card=False)
-    return found / "model"
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from tests.scorers import trained
 from tests.server.distillery.gathering import beir
 from tests.server.distillery.learners import DIM, read, tower
 from torch import nn
-from transformers import BertModel, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from stillroom_client.device import Device
@@ -31,19 +31,6 @@ from stillroom_shared.progress import Progress
 from stillroom_shared.release import Release, open_release
 from stillroom_shared.settings import AdapterSettings
 from stillroom_shared.signing import SigningKey
-
-
-@pytest.fixture(scope="module")
-def teacher(
-    tmp_path_factory: pytest.TempPathFactory,
-    tiny_towers: tuple[BertModel, BertModel],
-    tiny_tokenizer: PreTrainedTokenizerFast,
-) -> Path:
-    found = tmp_path_factory.mktemp("teacher")
-    tiny_towers[1].save_pretrained(found / "tower")
-    tiny_tokenizer.save_pretrained(found / "tower")
-    tower(found / "tower").save_pretrained(str(found / "model"), create_model_card=False)
-    return found / "model"
 
 
 @pytest.fixture(scope="module")

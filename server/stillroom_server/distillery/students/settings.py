@@ -91,6 +91,11 @@ class PruningSettings(Group):
     seed: int = Field(0, ge=0, description="seed of the random directions of `sensitivity`")
 
     @property
+    def teaches_itself(self) -> bool:
+        """Whether the student is its successor's teacher."""
+        return self.active and self.teacher == "pruned"
+
+    @property
     def active(self) -> bool:
         """Whether anything is pruned."""
         return max(self.heads, self.neurons, self.weights) > 0
