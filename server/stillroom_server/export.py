@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -27,7 +27,8 @@ import torch
 from onnx import helper, numpy_helper
 from onnxruntime.quantization import QuantType, quantize_dynamic
 from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
-from transformers import BertModel
+from torch import Tensor
+from transformers import BertModel, PreTrainedConfig
 
 from stillroom_server.bert_graph import FROZEN, Graph, hidden_states, output_width
 from stillroom_server.bert_graph import INPUTS as INPUTS
@@ -55,7 +56,17 @@ def export(tower: BertModel, path: Path, adapter: Adapter | None = None) -> None
     graph = Graph()
     states = hidden_states(graph, tower, out=OUTPUT, adapter=adapter)
     onnx.save(graph.model(states, ("batch", "tokens", output_width(tower))), path)
-    _compare(tower, path, adapter)
+    training, device = tower.training, tower.device
+    tower.train(False)
+    try:
+        compare(
+            path,
+            lambda inputs: tower(**{name: value.to(device) for name, value in inputs.items()}).last_hidden_state,
+            tower.config,
+            adapter,
+        )
+    finally:
+        tower.train(training)
 
 
 def quantize(source: Path, target: Path, *, blockwise: bool) -> None:
@@ -91,10 +102,22 @@ def quantize(source: Path, target: Path, *, blockwise: bool) -> None:
     onnx.save(with_int8_embeddings(onnx.load(target)), target)
 
 
-def _compare(tower: BertModel, path: Path, adapter: Adapter | None) -> None:
-    """Two texts of different lengths, through the file without its adapter and through the tower."""
-    tokens = min(7, tower.config.max_position_embeddings)
-    ids = np.arange(2 * tokens, dtype=np.int64).reshape(2, tokens) % tower.config.vocab_size
+def compare(
+    path: Path,
+    states: Callable[[Mapping[str, Tensor]], Tensor],
+    config: PreTrainedConfig,
+    adapter: Adapter | None = None,
+) -> None:
+    """Two texts of different lengths, through the file without its adapter and through the tower that it was made of.
+
+    Args:
+        states: the tower, from `INPUTS` (2, tokens) to its last hidden states (2, tokens, dim).
+
+    Raises:
+        ReleaseError: ONNX Runtime computes something else.
+    """
+    tokens = min(7, config.max_position_embeddings)
+    ids = np.arange(2 * tokens, dtype=np.int64).reshape(2, tokens) % config.vocab_size
     mask = np.ones_like(ids)
     mask[1, tokens // 2 + 1 :] = 0
     feed = dict(zip(INPUTS, (ids, mask, np.zeros_like(ids)), strict=True))
@@ -103,20 +126,12 @@ def _compare(tower: BertModel, path: Path, adapter: Adapter | None) -> None:
     options.log_severity_level = 3  # that `B` may be overridden is said at every start
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     found = session.run([OUTPUT], {**feed, **{ADAPTER_INPUT + name: matrix for name, matrix in plain.items()}})[0]
-    training, device = tower.training, tower.device
-    tower.train(False)
-    try:
-        with torch.inference_mode():
-            inputs = {name: torch.from_numpy(value).to(device) for name, value in feed.items()}
-            states = tower(**inputs).last_hidden_state.cpu().numpy()
-    finally:
-        tower.train(training)
-    same = found.shape == states.shape
-    error = np.abs((found - states)[mask == 1]).max() / np.abs(states).max() if same else np.inf
+    with torch.inference_mode():
+        truth = states({name: torch.from_numpy(value) for name, value in feed.items()}).cpu().numpy()
+    error = np.abs((found - truth)[mask == 1]).max() / np.abs(truth).max() if found.shape == truth.shape else np.inf
     if not error <= _TOLERANCE:
         raise ReleaseError(
-            f"the exported tower is off by {error:.2g} of the largest value: it is no BERT as this version knows it; "
-            "export it with stillroom_server.distillery.compress.models.export_model"
+            f"the exported tower is off by {error:.2g} of the largest value: it is no transformer as this version knows it"
         )
 
 

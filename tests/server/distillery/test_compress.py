@@ -11,16 +11,13 @@ import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, helper
-from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Pooling, StaticEmbedding, Transformer
 from tests.conftest import TINY_SPEC
 from tokenizers import Tokenizer
 from torch import nn
-from transformers import BertModel, DistilBertConfig, DistilBertModel, PreTrainedTokenizerFast
+from transformers import BertModel
 from transformers.models.bert.modeling_bert import BertLayer
 from typer.testing import CliRunner
 
-from stillroom_server.distillery.compress.models import export_model
 from stillroom_server.distillery.compress.quantize import CompressSettings, compress, feeds
 from stillroom_server.distillery.compress.targets import TENSORRT, Target, check_operators, graphs
 from stillroom_server.export import OUTPUT, export
@@ -155,42 +152,6 @@ def test_unfit_towers_are_refused(
     other.encoder.layer[0].register_forward_hook(lambda module, inputs, output: output * 1.01)
     with pytest.raises(ReleaseError, match="off by"):
         export(other, tmp_path / "tower.onnx")
-
-
-class TestModels:
-    """Students of other kinds."""
-
-    @pytest.fixture
-    def table(self, tiny_release: Release) -> SentenceTransformer:
-        torch.manual_seed(0)
-        words = Tokenizer.from_file(str(tiny_release.tokenizer_file))
-        return SentenceTransformer(modules=[StaticEmbedding(words, embedding_dim=8)], device="cpu")
-
-    def test_a_static_table(self, table: SentenceTransformer, tmp_path: Path) -> None:
-        """The mean of the file's states must be the model's vector, or its index fits nothing."""
-        assert export_model(table, tmp_path) < 1e-6
-        onnx_tower = session(tmp_path / ONNX_FILES["float32"])
-        assert isinstance(table[0], StaticEmbedding)
-        words = table[0].tokenizer
-        for text in PROBES:
-            ids = np.array([words.encode(text, add_special_tokens=False).ids], np.int64)
-            feed = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
-            states = onnx_tower.run([OUTPUT], feed)[0][0]
-            np.testing.assert_allclose(states.mean(0), table.encode(text), atol=1e-6)
-
-    def test_a_transformer_that_is_no_bert(self, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-        """Sizes of the traced example must not stay in the file, and Sentence Transformers must find it."""
-        torch.manual_seed(0)
-        config = DistilBertConfig(
-            vocab_size=len(tiny_tokenizer), dim=16, n_layers=1, n_heads=2, hidden_dim=16, max_position_embeddings=32
-        )
-        DistilBertModel(config).save_pretrained(tmp_path / "tower")
-        tiny_tokenizer.save_pretrained(tmp_path / "tower")
-        model = SentenceTransformer(modules=[Transformer(str(tmp_path / "tower")), Pooling(16)], device="cpu").eval()
-        model.save_pretrained(str(tmp_path / "model"))
-        assert export_model(model, tmp_path / "model") < 1e-4
-        names = {entry.name for entry in session(tmp_path / "model" / ONNX_FILES["float32"]).get_inputs()}
-        assert {"input_ids", "attention_mask"} <= names
 
 
 class TestTargets:

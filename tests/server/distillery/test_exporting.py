@@ -6,10 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import typer
 from sentence_transformers import CrossEncoder, SentenceTransformer
+from sentence_transformers.base.modules import Dense
+from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 from tests.server.distillery.tiny_models import save_models
-from transformers import BertModel, PreTrainedTokenizerFast
+from torch import nn
+from transformers import BertModel, DistilBertConfig, DistilBertModel, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from stillroom_client.encoder import OnnxTower
@@ -51,6 +55,31 @@ def test_the_command_writes_what_the_model_computes(saved: dict[str, str], tmp_p
     found = PairScorer(words, onnx, int(scorer.max_seq_length or 0)).logits("open a zip", [LONG])[0]
     truth = scorer.predict([("open a zip", LONG)])[0]
     assert 1 / (1 + np.exp(-found)) == pytest.approx(truth, abs=1e-5)
+
+
+def test_a_transformer_that_is_no_bert(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """Sizes of the traced example must not stay in the file; a device gives three inputs, of which this tower reads two."""
+    torch.manual_seed(0)
+    config = DistilBertConfig(
+        vocab_size=len(tiny_tokenizer), dim=32, n_layers=1, n_heads=2, hidden_dim=64, max_position_embeddings=64
+    )
+    DistilBertModel(config).save_pretrained(tmp_path / "tower")
+    tiny_tokenizer.save_pretrained(tmp_path / "tower")
+    modules: list[nn.Module] = [Transformer(str(tmp_path / "tower"), max_seq_length=24), Pooling(32)]
+    model = SentenceTransformer(modules=modules, device="cpu").eval()
+    model.save_pretrained(str(tmp_path / "model"))
+    found = export_named(str(tmp_path / "model"), tmp_path / "out")
+    assert found["cosine_least"] > 0.98 and found["bytes_after"] < 0.6 * found["bytes_before"]
+    words, onnx = ((tmp_path / "out" / name).read_bytes() for name in ("tokenizer.json", ONNX_FILES["float32"]))
+    tower = OnnxTower(words, onnx, 24)
+    for text in ("open a zip", LONG):
+        ours, theirs = tower.mean(text), model.encode(text)
+        np.testing.assert_allclose(ours / np.linalg.norm(ours), theirs / np.linalg.norm(theirs), atol=1e-5)
+    SentenceTransformer(
+        modules=[*modules, Dense(32, 8, activation_function=nn.Identity())], device="cpu"
+    ).save_pretrained(str(tmp_path / "narrow"))
+    with pytest.raises(ReleaseError, match="only a BERT"):
+        export_named(str(tmp_path / "narrow"), tmp_path / "refused")
 
 
 def test_what_cannot_be_written_is_refused(saved: dict[str, str], tmp_path: Path) -> None:

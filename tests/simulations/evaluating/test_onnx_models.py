@@ -18,9 +18,10 @@ from tests.simulations import shelves
 from tests.simulations.shelves import check, evaluate, slow_first
 from transformers import BertModel, PreTrainedTokenizerFast
 
-from stillroom_server.distillery.compress import models as plain
 from stillroom_server.distillery.compress.quantize import CompressSettings
 from stillroom_server.distillery.exporting import export_model
+from stillroom_server.distillery.students.towers import bert_of
+from stillroom_server.export import export
 from stillroom_shared.errors import SettingsError
 from stillroom_shared.release import ONNX_FILES, Precision
 from stillroom_simulations.evaluating.onnx_models import open_onnx
@@ -146,7 +147,7 @@ def test_a_dense_that_the_file_lacks_is_applied(written: dict[str, Path], tmp_pa
     """Files of other writers end at the transformer; without the map their vectors are of another space."""
     folder = tmp_path / "unmapped"
     shutil.copytree(written["mapped"], folder)
-    plain.export_model(load_model(str(written["mapped"])).model, folder)  # type: ignore[arg-type]
+    export(bert_of(SentenceTransformer(str(written["mapped"]), device="cpu")), folder / ONNX_FILES["float32"])
     np.testing.assert_allclose(embedded(folder, "float32", "query"), embedded(folder, None, "query"), atol=2e-5)
 
 

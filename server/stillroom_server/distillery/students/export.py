@@ -11,10 +11,13 @@ today runs, and the length of its vectors is that of the teacher's space.
 | narrow or rotated, with a `Dense` | `ShapedBertModel` with `output_size` | its dimension apart from its width; that class |
 | static | a looked-up row, mapped | a query tower that takes no adapter, so no federated rounds |
 | late interaction | its tower with the map of its tokens; unit length and masks stay outside | an index of tokens |
+| any other transformer, with nothing after its pooling | traced by `torch.onnx` | a tower class that devices can train |
 """
 
 from __future__ import annotations
 
+import copy
+import inspect
 from pathlib import Path
 
 import onnx
@@ -23,13 +26,13 @@ from sentence_transformers import MultiVectorEncoder, SentenceTransformer
 from sentence_transformers.base.modules import Normalize
 from sentence_transformers.multi_vector_encoder.modules import MultiVectorMask
 from sentence_transformers.sentence_transformer.modules import Pooling, StaticEmbedding
-from torch import nn
-from transformers import BertModel
+from torch import Tensor, nn
+from transformers import BertModel, PreTrainedModel
 
-from stillroom_server.bert_graph import INPUTS, PROJECTION, Graph
+from stillroom_server.bert_graph import INPUTS, OPSET, PROJECTION, Graph
 from stillroom_server.distillery.students.shaped import ShapedBertConfig, ShapedBertModel
-from stillroom_server.distillery.students.towers import bert_of, linear_of
-from stillroom_server.export import OUTPUT, export
+from stillroom_server.distillery.students.towers import bert_of, first_of, linear_of
+from stillroom_server.export import OUTPUT, bare, compare, export, quiet
 from stillroom_shared.errors import ReleaseError
 
 
@@ -45,15 +48,68 @@ def export_student(student: SentenceTransformer | MultiVectorEncoder, path: Path
     elif isinstance(student[0], StaticEmbedding):
         export_table(student[0], path, _map(list(student)[1:]))
     else:
-        export(folded(student), path)
+        tower = getattr(first_of(student), "auto_model", None)
+        if isinstance(tower, PreTrainedModel) and not isinstance(tower, BertModel):
+            if _after_mean(student) is not None:
+                raise ReleaseError(
+                    f"a Dense follows the pooling of a {type(tower).__name__}: only a BERT takes it into its states"
+                )
+            _trace(tower, path)
+        else:
+            export(folded(student), path)
 
 
 def folded(student: SentenceTransformer) -> BertModel:
     """A tower whose mean state is the student's vector before normalization: its own, or one that ends with its `Dense`."""
+    linear = _after_mean(student)
+    return _with_map(bert_of(student), linear)
+
+
+def _after_mean(student: SentenceTransformer) -> nn.Linear | None:
+    """What maps the mean of the states, or None; `ReleaseError` where it is not the mean that counts."""
     pooling = student[1] if len(student) > 1 else None
     if not isinstance(pooling, Pooling) or pooling.pooling_mode != "mean":
         raise ReleaseError(f"the student pools by {getattr(pooling, 'pooling_mode', None)}: a device takes the mean")
-    return _with_map(bert_of(student), _map(list(student)[2:]))
+    return _map(list(student)[2:])
+
+
+class _Traced(nn.Module):
+    """A tower as a function of a device's inputs by position, its last hidden states alone."""
+
+    def __init__(self, tower: PreTrainedModel) -> None:
+        super().__init__()
+        self.tower = copy.deepcopy(tower)
+        nn.Module.to(self, "cpu", torch.float32)
+        self.tower.set_attn_implementation("eager")
+        known = inspect.signature(tower.forward).parameters
+        self._names = [name if name in known else None for name in INPUTS]
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        read = {name: value for name, value in zip(self._names, inputs, strict=True) if name is not None}
+        states: Tensor = self.tower(**read).last_hidden_state
+        return states
+
+
+def _trace(tower: PreTrainedModel, path: Path) -> None:
+    own = _Traced(tower).eval()
+    sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("tokens", max=tower.config.max_position_embeddings)}
+    # Any values of rank 2 would do, but sizes 0 and 1 would be taken for constants, and one tensor given twice for one input.
+    inputs = tuple(torch.ones(2, 3, dtype=torch.int64) for _ in INPUTS)
+    with quiet():
+        program = torch.onnx.export(
+            own,
+            inputs,
+            input_names=list(INPUTS),
+            output_names=[OUTPUT],
+            opset_version=OPSET,
+            dynamic_shapes=((sizes,) * len(INPUTS),),
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
+    assert program is not None
+    onnx.save(bare(program.model_proto), path)
+    compare(path, lambda feed: own(*feed.values()), tower.config)
 
 
 def _with_map(tower: BertModel, linear: nn.Linear | None) -> BertModel:
