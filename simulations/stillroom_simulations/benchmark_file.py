@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import importlib.metadata
-import operator
 import platform
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from stillroom_shared.processor import processor_name
+from stillroom_simulations.goal import Goal
 from stillroom_simulations.intervals import Interval
-from stillroom_simulations.results import Ratio
 
-_COMPARED: Mapping[str, Callable[[float, float], bool]] = {">=": operator.ge, "<=": operator.le, ">": operator.gt}
 _VERSIONS = (
     "stillroom",
     "flwr",
@@ -30,7 +28,7 @@ def figure(interval: Interval, unit: str, goal: str | None = None) -> dict[str, 
     """A figure with its interval; where there is a goal, whether the whole interval holds it."""
     made: dict[str, Any] = {"value": interval.value, "interval": list(interval.ends), "unit": unit}
     if goal is not None:
-        made |= {"goal": goal, "holds": Ratio.judge(interval, goal).holds}
+        made |= {"goal": goal, "holds": Goal.parse(goal).holds(interval.ends)}
     return made
 
 
@@ -44,10 +42,8 @@ def outcome(found: Mapping[str, Any]) -> str:
     """
     if found["holds"]:
         return "holds"
-    value, named = found.get("value"), found.get("goal", "").partition(" ")
-    compared = _COMPARED.get(named[0])
-    nearly = "interval" in found and value is not None and compared is not None and compared(value, float(named[2]))
-    return "value only" if nearly else "missed"
+    value = found.get("value") if "interval" in found else None
+    return "value only" if value is not None and Goal.parse(found["goal"]).met(value) else "missed"
 
 
 def commit() -> str:

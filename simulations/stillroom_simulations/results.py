@@ -7,7 +7,6 @@ contradicts is refused, so a report never shows what was not measured. The keys 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -15,14 +14,13 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from stillroom_shared.errors import DataError
+from stillroom_simulations.goal import Goal
 from stillroom_simulations.intervals import Interval
 
 Metric = Literal["ndcg_at_10", "recall_at_10", "mrr_at_10"]
 Stage = Literal["teacher", "student", "federated", "federated_nonprivate", "device"]
 ExampleStage = Literal["teacher", "student", "federated"]
 STAGES: tuple[Stage, ...] = ("teacher", "student", "federated", "federated_nonprivate", "device")
-
-_GOAL = re.compile(r"(>=|<=) (-?\d+(?:\.\d+)?)")
 
 
 def _ordered(ends: tuple[float, float]) -> tuple[float, float]:
@@ -71,11 +69,11 @@ class Ratio(_Value):
     @classmethod
     def judge(cls, interval: Interval, goal: str) -> Self:
         """The figure against a goal such as ">= 0.96" or "<= 0.005"."""
-        return cls(value=interval.value, interval=interval.ends, goal=goal, holds=_holds(interval.ends, goal))
+        return cls(value=interval.value, interval=interval.ends, goal=goal, holds=Goal.parse(goal).holds(interval.ends))
 
     @model_validator(mode="after")
     def _verdict_is_true(self) -> Self:
-        if self.holds != (found := _holds(self.interval, self.goal)):
+        if self.holds != (found := Goal.parse(self.goal).holds(self.interval)):
             raise ValueError(f"holds is {self.holds}, but interval {self.interval} against {self.goal!r} says {found}")
         return self
 
@@ -272,12 +270,6 @@ class Results(_Value):
     def stages(self) -> dict[Stage, Quality]:
         """Quality by stage, in the order of the pipeline."""
         return {stage: getattr(self, stage) for stage in STAGES}
-
-
-def _holds(ends: tuple[float, float], goal: str) -> bool:
-    if not (match := _GOAL.fullmatch(goal)):
-        raise ValueError(f'goal {goal!r} is not understood: write it as ">= 0.96" or "<= 0.005"')
-    return ends[0] >= float(match[2]) if match[1] == ">=" else ends[1] <= float(match[2])
 
 
 def _complaints(source: str, error: ValidationError) -> str:

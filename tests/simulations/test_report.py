@@ -71,7 +71,7 @@ def test_a_bare_epsilon_is_not_written(tmp_path: Path) -> None:
         ("schema", 2, r"field schema"),
         ("device.intervals", {"ndcg_at_10": [0.6, 0.5]}, "lower end 0.6 is above"),
         ("ratios.device_loss.holds", False, "holds is False, but interval"),
-        ("ratios.device_loss.goal", "> 0.005", "'> 0.005' is not understood"),
+        ("ratios.device_loss.goal", "< 0.005", "'< 0.005' is not understood"),
         ("rounds.3.round", 2, "each must be there once, in order"),
         ("rounds.3.epsilon", 0.1, "spent privacy does not come back"),
     ],

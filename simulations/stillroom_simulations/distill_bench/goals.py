@@ -34,7 +34,7 @@ from stillroom_simulations.significance import paired_randomisation
 
 Array = NDArray[np.float64]
 Figures = dict[str, dict[str, Any]]
-KEPT, INT8_KEPT, CUT_KEPT, GAIN_KEPT = ">= 0.96", ">= 0.995", ">= 0.95", ">= 0.98"
+KEPT, INT8_KEPT, CUT_KEPT, GAIN_KEPT, ABOVE = ">= 0.96", ">= 0.995", ">= 0.95", ">= 0.98", "> 0"
 ENCODE = {"float32": "<= 0.55", "int8": "<= 0.3"}
 THIRD = "<= 0.3333"
 CUT = 128
@@ -161,8 +161,7 @@ def _difference(results: Results, name: str, other: Results) -> Figures:
     for where, sets in _places(results, shared):
         differences = [_paired(results, other, one) for one in sets]
         judged = where == _MEAN and results.settings.above_on is None
-        interval = _interval(differences)
-        value = figure(interval, "nDCG@10") | ({"goal": "> 0", "holds": interval.low > 0} if judged else {})
+        value = figure(_interval(differences), "nDCG@10", ABOVE if judged else None)
         of_queries = [one.mean(axis=0) for one in differences]
         p = paired_randomisation(of_queries, generator=np.random.default_rng(0), resamples=_TOSSES)
         made[f"{results.title}.{where}.above.{name}"] = value | {"p": float(p[0])}
