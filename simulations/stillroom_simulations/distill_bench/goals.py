@@ -40,7 +40,10 @@ THIRD = "<= 0.3333"
 CUT = 128
 _MEAN = "mean"
 _OWN_STAGES = ("teach", "search", "train", "export")
-"""Whose seconds are an arm's own. Lessons, vectors and scores come from a cache that arms share: whoever is first pays."""
+"""Whose seconds are an arm's own. Lessons, vectors and scores come from a cache that arms share: whoever is first pays.
+
+Their median over seeds counts: one that something else on the machine held up says nothing about the arm.
+"""
 _TOSSES = 10_000
 """Of the randomisation test: the least p that it can tell is 1 in so many."""
 
@@ -104,8 +107,8 @@ def figures_of(results: Results, others: Mapping[str, Results]) -> Figures:
     """All figures of an arm; `others` are those of its family, by name."""
     made = _quality(results)
     made[f"{results.title}.seconds"] = {
-        "value": float(np.mean([sum(one.get(name, 0.0) for name in _OWN_STAGES) for one in results.seconds])), "unit": "s",
-        "stages": {name: float(np.mean([one.get(name, 0.0) for one in results.seconds])) for name in results.seconds[0]},
+        "value": float(np.median([sum(one.get(name, 0.0) for name in _OWN_STAGES) for one in results.seconds])), "unit": "s",
+        "stages": {name: float(np.median([one.get(name, 0.0) for one in results.seconds])) for name in results.seconds[0]},
     }  # fmt: skip
     made |= _costs(results)
     for other in results.settings.above:
