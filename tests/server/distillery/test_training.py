@@ -82,13 +82,13 @@ def test_each_text_once_an_epoch_beside_others_of_its_length(bank: Bank) -> None
     """Guards against texts that are never learned from, and against an order that is the same every epoch."""
     rows = bank.lessons.rows("query")
     found = text_set(bank.lessons, rows)
-    sampler = LikeLengths(found, 4, seed=1)
+    sampler = LikeLengths(found, 4, drop_last=False, seed=1)
     epochs = []
     for epoch in range(2):
         sampler.set_epoch(epoch)
         epochs.append(list(sampler))
     assert all(sorted(n for batch in batches for n in batch) == list(range(len(rows))) for batches in epochs)
-    assert epochs[0] != epochs[1] and epochs[0] == list(LikeLengths(found, 4, seed=1))
+    assert epochs[0] != epochs[1] and epochs[0] == list(LikeLengths(found, 4, drop_last=False, seed=1))
     lengths = np.array(found[LENGTH])
     spread = np.mean([np.ptp(lengths[batch]) for batch in epochs[0]])
     assert spread < 0.3 * np.mean([np.ptp(lengths[start : start + 4]) for start in range(0, len(rows), 4)])
@@ -401,39 +401,57 @@ import os
 import sys
 from pathlib import Path
 from tests.server.distillery.learners import lessons, tower, unit
+from tests.server.distillery.test_training import mixed
 from stillroom_server.distillery.lessons import Lessons
 from stillroom_server.distillery.losses.settings import LossesSettings
-from stillroom_server.distillery.students.towers import bert_of
-from stillroom_server.distillery.students.vocabulary import trim_vocabulary
 from stillroom_server.distillery.training.bank import Bank
 from stillroom_server.distillery.training.curriculum import Curriculum
 from stillroom_server.distillery.training.settings import TrainingSettings
 from accelerate import PartialState
 
-model, data, out = sys.argv[1:]
+model, data, out = map(Path, sys.argv[1:])
 faulthandler.dump_traceback_later(250, exit=True)
-found = Lessons.open(Path(data))
+found = Lessons.open(data)
 losses = LossesSettings.model_validate({"cosine": {"weight": 1}})
 training = TrainingSettings(
     epochs=2, batch_size=5, learning_rate=1e-2, bfloat16="off", schedule="constant",
     save_minutes=0.003 * (1 + int(os.environ.get("RANK", "0"))),  # alone, they would save at other steps
 )
-student = tower(Path(model))
-Curriculum(losses=losses, training=training, bank=Bank(found, unit(len(found), 20))).learn(student, Path(out, "training"))
+student = tower(model)
+bank = Bank(found, unit(len(found), 20))
+Curriculum(losses=losses, training=training, bank=bank).learn(student, out / "training")
+both = tower(model)
+mixed(model, training, found).learn(both, out / "mixed-training")
+uneven = training.model_copy(update={"batch_size": 4})  # 17 batches and 2 texts, 5 of lists
+mixed(model, uneven, found).learn(tower(model), out / "uneven-training")
 if PartialState().is_main_process:
-    student.save_pretrained(out, create_model_card=False)
+    student.save_pretrained(str(out), create_model_card=False)
+    both.save_pretrained(str(out / "mixed"), create_model_card=False)
 """
 
 
-def test_two_processes_train_like_one_that_takes_both_shares(folder: Path, tmp_path: Path) -> None:
-    """Guards against processes that train alone, or wait for each other in a checkpoint, and projections that drift."""
+def mixed(folder: Path, training: TrainingSettings, found: Lessons) -> Curriculum:
+    """Learns hidden states from texts, and from lists passages too, through a projection that texts do not use."""
+    losses = LossesSettings.model_validate({"hidden_states": {"weight": 1}, "l2": {"weight": 1, "side": "passages"}})
+    teacher = tower(folder)
+    with torch.no_grad():
+        for weight in bert_of(teacher).encoder.parameters():
+            weight.mul_(1.1)
+    settings = training.model_copy(update={"towers": "both"})
+    return Curriculum(losses=losses, training=settings, bank=Bank(found, unit(len(found), 20)), teacher=teacher)
+
+
+def test_processes_train_together_like_one_that_takes_all_shares(folder: Path, tmp_path: Path) -> None:
+    """Guards against processes that train alone, or wait for each other in a checkpoint, in a projection that one of them did
+    not use or for a batch that one of them has more; and against projections that drift."""
     found = lessons(tmp_path / "lessons", queries=40)
-    alone = tower(folder)
+    alone, both = tower(folder), tower(folder)
     training = TrainingSettings(
         epochs=2, batch_size=5, learning_rate=1e-2, bfloat16="off", schedule="constant", accumulate=2
     )
     bank = Bank(found, unit(len(found), 20))  # of another length: a projection is learned beside the student
     Curriculum(losses=ALIGN, training=training, bank=bank).learn(alone, tmp_path / "alone")
+    mixed(folder, training, found).learn(both, tmp_path / "both")
     program, out = tmp_path / "share.py", tmp_path / "together"
     program.write_text(_SHARE)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -446,10 +464,11 @@ def test_two_processes_train_like_one_that_takes_both_shares(folder: Path, tmp_p
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    together = SentenceTransformer(str(out), device="cpu")
     texts = ["open a zip file", "river bank"]
-    np.testing.assert_allclose(together.encode(texts), alone.encode(texts), atol=1e-4)
-    assert np.abs(together.encode(texts) - tower(folder).encode(texts)).max() > 0.01
+    for model, place in ((alone, out), (both, out / "mixed")):
+        together = SentenceTransformer(str(place), device="cpu")
+        np.testing.assert_allclose(together.encode(texts), model.encode(texts), atol=1e-4)
+        assert np.abs(together.encode(texts) - tower(folder).encode(texts)).max() > 0.01
 
 
 @pytest.mark.parametrize("torn", ["model.safetensors", "losses.pt"])

@@ -45,10 +45,14 @@ def list_set(lessons: Lessons, numbers: NDArray[np.integer], *, whole: bool) -> 
 
 
 class LikeLengths(DefaultBatchSampler):
-    """Random batches of like length: padding wasted a third of the work otherwise."""
+    """Random batches of like length: padding wasted a third of the work otherwise.
 
-    def __init__(self, dataset: Dataset, batch_size: int, **options: Any) -> None:
-        super().__init__(range(len(dataset)), batch_size=batch_size, drop_last=False)
+    Without `drop_last` one batch of an epoch may be shorter, anywhere in it. Several processes need it: what deals out batches
+    to them takes a short one for the last, and gives one process a batch more, whose step waits for the others for ever.
+    """
+
+    def __init__(self, dataset: Dataset, batch_size: int, drop_last: bool, **options: Any) -> None:
+        super().__init__(range(len(dataset)), batch_size=batch_size, drop_last=drop_last)
         # The trainer wraps data sets whose names it needs, and a wrapped one is read row by row: read the table itself.
         self._lengths = np.asarray(dataset.data.column(LENGTH).to_numpy())
         self._seed = int(options.get("seed", 0))
@@ -59,7 +63,9 @@ class LikeLengths(DefaultBatchSampler):
         self._epoch = epoch
 
     def __iter__(self) -> Iterator[list[int]]:
-        yield from like_lengths(self._lengths, self.batch_size, np.random.default_rng([self._seed, self._epoch]))
+        for batch in like_lengths(self._lengths, self.batch_size, np.random.default_rng([self._seed, self._epoch])):
+            if len(batch) == self.batch_size or not self.drop_last:
+                yield batch
 
 
 def like_lengths(lengths: NDArray[np.integer], batch_size: int, generator: np.random.Generator) -> Iterator[list[int]]:

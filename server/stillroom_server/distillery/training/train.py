@@ -34,7 +34,7 @@ from sentence_transformers import (
     SentenceTransformerTrainer,
     SentenceTransformerTrainingArguments,
 )
-from torch import Tensor, nn
+from torch import nn
 from transformers import BertModel, PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.trainer_utils import get_last_checkpoint
@@ -106,7 +106,6 @@ def train(
     newest = _newest(checkpoints)
     watcher = _Watcher(settings, clock, composition, progress)
     _leave_poolers(student)
-    _average_gradients(composition)
     trainer = trainer_type(
         model=student,
         args=arguments_type(output_dir=str(checkpoints), **_arguments(settings)),
@@ -190,18 +189,19 @@ def _leave_poolers(student: Student) -> None:
 
 
 def _average_gradients(composition: nn.Module) -> None:
-    """Have every process step the projections alike: the trainer averages gradients of the student only."""
-    together = processes().num_processes
-    if together == 1:
+    """Have every process step the projections alike: the trainer averages gradients of the student only.
+
+    Before the step, not in backward passes: one process may learn from texts, whose losses use fewer projections, while another
+    learns from lists, and each would wait for the other.
+    """
+    parameters = list(composition.parameters())
+    if (together := processes().num_processes) == 1 or not parameters:
         return
-
-    def average(gradient: Tensor) -> Tensor:
-        summed = gradient.clone()
-        torch.distributed.all_reduce(summed)
-        return summed.div_(together)
-
-    for parameter in composition.parameters():
-        parameter.register_hook(average)  # type: ignore[no-untyped-call]
+    used = _any_process(*(parameter.grad is not None for parameter in parameters))
+    for parameter in (one for one, anywhere in zip(parameters, used, strict=True) if anywhere):
+        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        torch.distributed.all_reduce(gradient)
+        parameter.grad = gradient.div_(together)
 
 
 def _any_process(*own: bool) -> list[bool]:
@@ -225,6 +225,11 @@ class _Watcher(TrainerCallback):
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._clock.progress = state.global_step / max(state.max_steps, 1)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        _average_gradients(self._composition)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._progress(state.global_step, state.max_steps)
