@@ -407,6 +407,7 @@ from stillroom_server.distillery.losses.settings import LossesSettings
 from stillroom_server.distillery.training.bank import Bank
 from stillroom_server.distillery.training.curriculum import Curriculum
 from stillroom_server.distillery.training.settings import TrainingSettings
+from stillroom_shared.errors import DataError
 from accelerate import PartialState
 
 model, data, out = map(Path, sys.argv[1:])
@@ -424,6 +425,12 @@ both = tower(model)
 mixed(model, training, found).learn(both, out / "mixed-training")
 uneven = training.model_copy(update={"batch_size": 4})  # 17 batches and 2 texts, 5 of lists
 mixed(model, uneven, found).learn(tower(model), out / "uneven-training")
+try:
+    mixed(model, training.model_copy(update={"batch_size": 64}), found).learn(tower(model), out / "none")
+except DataError as error:
+    assert "batch_size 64: 70 and 20 texts or lists are no full batch for each of 2" in str(error)
+else:
+    raise AssertionError("processes without a batch")
 if PartialState().is_main_process:
     student.save_pretrained(str(out), create_model_card=False)
     both.save_pretrained(str(out / "mixed"), create_model_card=False)

@@ -15,7 +15,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,7 @@ from stillroom_server.distillery.losses.composition import Composition
 from stillroom_server.distillery.training.batches import LikeLengths, Reading, Unit
 from stillroom_server.distillery.training.objectives import Clock
 from stillroom_server.distillery.training.settings import TrainingSettings
+from stillroom_shared.errors import DataError
 from stillroom_shared.processor import native_bfloat16
 
 Student = SentenceTransformer | MultiVectorEncoder | CrossEncoder
@@ -99,8 +100,10 @@ def train(
         passages: whether the student reads candidates, or only queries.
 
     Raises:
+        DataError: several processes have not even a full batch each.
         KeyboardInterrupt: it was interrupted and has been saved.
     """
+    _check_share([len(one) for _, one, _ in sets.values()], settings.batch_size)
     _, trainer_type, arguments_type = next(one for one in _KINDS if isinstance(student, one[0]))
     checkpoints = folder / "checkpoints"
     newest = _newest(checkpoints)
@@ -126,6 +129,16 @@ def train(
         warnings.filterwarnings("ignore", category=FutureWarning, module="accelerate")
         trainer.train(resume_from_checkpoint=newest)
     student.train(False)
+
+
+def _check_share(sizes: Sequence[int], batch_size: int) -> None:
+    """`DataError` where several processes would have no step in an epoch: they take full batches only."""
+    together = processes().num_processes
+    if together > 1 and sum(size // batch_size for size in sizes) < together:
+        raise DataError(
+            f"training.batch_size {batch_size}: {' and '.join(f'{size:,}' for size in sizes)} texts or lists are no full batch "
+            f"for each of {together} processes: set it lower, or run fewer processes"
+        )
 
 
 def _newest(checkpoints: Path) -> str | None:
