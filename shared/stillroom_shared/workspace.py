@@ -11,7 +11,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,11 +62,16 @@ class Workspace:
         """Run `work` unless it is done for this key; returns whether it was skipped.
 
         `outputs` are names below the folder that belong to the stage; they are removed when the key has changed.
+
+        Raises:
+            SettingsError: one of them is there, and no stage has made it: it is somebody's own.
         """
         stamp = self._stamp(name)
+        if not stamp:
+            self.check({name: outputs})
         if stamp.get("key") != key:
             for output in outputs:
-                self._remove(output)
+                self._remove(self._inside(output))
             stamp = {"key": key, "seconds": 0.0, "done": False}
             self._write(name, stamp)
         if stamp["done"]:
@@ -80,15 +85,29 @@ class Workspace:
             self._write(name, stamp)
         return False
 
+    def check(self, outputs: Mapping[str, Iterable[str]]) -> None:
+        """Before the first stage: `SettingsError` where what a stage would write is there, and no stage has made it."""
+        for name, own in outputs.items():
+            there = (
+                None if self._stamp(name) else next((path for path in map(self._inside, own) if path.exists()), None)
+            )
+            if there is not None:
+                raise SettingsError(
+                    f"{there} is there, and no run is known to have made it: name another folder, or remove it"
+                )
+
     def seconds(self) -> dict[str, float]:
         """Seconds of work that each finished stage took, whenever that was."""
         stamps = {path.stem: self._stamp(path.stem) for path in sorted((self.folder / _STAMPS).glob("*.json"))}
         return {name: round(stamp["seconds"], 2) for name, stamp in stamps.items() if stamp["done"]}
 
-    def _remove(self, output: str) -> None:
+    def _inside(self, output: str) -> Path:
         path = (self.folder / output).resolve()
         if not path.is_relative_to(self.folder.resolve()) or path == self.folder.resolve():
             raise SettingsError(f"stage output {output!r} is not inside {self.folder}: name a path below it")
+        return path
+
+    def _remove(self, path: Path) -> None:
         if path.is_dir():
             shutil.rmtree(path)
         else:

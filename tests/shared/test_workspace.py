@@ -43,6 +43,21 @@ def test_another_key_removes_the_outputs_and_runs_again(tmp_path: Path) -> None:
     assert not space.stage("s", "two", ["out"], work)
 
 
+def test_what_no_stage_made_is_left_alone(tmp_path: Path) -> None:
+    """A run in the folder of a project would remove the project's own `model` and `training`."""
+    space, own = Workspace(tmp_path), tmp_path / "model" / "mine"
+    own.parent.mkdir()
+    own.write_text("x")
+    for refused in (
+        lambda: space.check({"train": ["training"], "export": ["model"]}),
+        lambda: space.stage("export", "key", ["model"], lambda: None),
+    ):
+        with pytest.raises(SettingsError, match=r"model is there, and no run is known to have made it: name another"):
+            refused()
+    assert own.read_text() == "x"
+    space.check({"train": ["training"]})
+
+
 @pytest.mark.parametrize("output", ["..", "../elsewhere", ".", "/etc"])
 def test_outputs_outside_the_folder_are_refused(tmp_path: Path, output: str) -> None:
     """Removing outputs is removing trees."""

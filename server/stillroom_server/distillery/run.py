@@ -75,7 +75,8 @@ class Run:
 
         Raises:
             KeyboardInterrupt: it was interrupted, and goes on when it is called again.
-            SettingsError: the student could not be trained in the end (`early.py`); nothing is written.
+            SettingsError: the student could not be trained in the end (`early.py`), or the folder holds something of a name
+                that a stage would write, which no stage has made; nothing is changed.
             StillroomError: a stage cannot do its work, with the remedy.
         """
         works: dict[str, Callable[[Stage], None]] = {
@@ -90,6 +91,7 @@ class Run:
         }
         if last is None or last in ("train", "export"):
             refuse_early(self.recipe)  # of what can only fail there
+        self._space.check({name: OUTPUTS[name] for name in planned(self.recipe)})
         for name in planned(self.recipe):
             with progress.stage(name) as stage:
                 skipped = self._stage(name, lambda stage=stage, name=name: works[name](stage))  # type: ignore[misc]
