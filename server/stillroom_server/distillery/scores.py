@@ -96,7 +96,7 @@ class ScoreCache:
                 )
             store.put(keys[shard], computed[:, None])
             progress(len(keys) - len(missing) + start + len(shard), len(keys))
-        values = store.get(keys)[1][:, 0]
+        values = store.all(keys)[:, 0]
         return np.split(values, np.cumsum([len(own) for own in passages])[:-1]) if len(passages) else []
 
 

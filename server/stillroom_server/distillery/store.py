@@ -120,6 +120,16 @@ class ContentStore:
             found[open_keys[here]] = True
         return found, values
 
+    def all(self, keys: Keys) -> NDArray[Any]:
+        """The value of each key, (n, width). Raises `DataError` where one has gone since it was put."""
+        found, values = self.get(keys)
+        if missing := int((~found).sum()):
+            raise DataError(
+                f"{missing:,} of {len(keys):,} values are no longer in {self.folder}: it was emptied or damaged while it was "
+                "used; run it again, which computes them anew"
+            )
+        return values
+
     def put(self, keys: Keys, values: NDArray[Any]) -> None:
         """Keep values, (n, width); they are durable on return."""
         with self._writing():
@@ -156,7 +166,11 @@ class ContentStore:
                 return _Run(*columns)
         except FileNotFoundError:
             raise
+        except MemoryError as error:
+            raise DataError(f"{path} cannot be mapped: {error}: give the process more memory") from error
         except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+            if isinstance(error, OSError) and error.errno:  # the system's word, on this process and not on the file
+                raise DataError(f"{path} cannot be read: {error}: mend that, and run it again") from error
             _log.debug("%s: %s", path, error)
         _log.warning("%s is torn or was altered: it is removed, and what it held is computed again", path)
         self.damaged += 1

@@ -102,7 +102,7 @@ class VectorCache:
                 )
             store.put(keys[shard], vectors)
             done(len(texts) - len(missing) + start + len(shard))
-        return store.get(keys)[1]
+        return store.all(keys)
 
 
 def embed_lessons(

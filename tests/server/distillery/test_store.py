@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 import tracemalloc
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow as pa
@@ -103,6 +105,25 @@ def test_a_damaged_run_is_noticed_and_only_its_values_are_gone(tmp_path: Path, d
     assert again.damaged == 1 and not first.exists()
     again.put(keys_of(range(500)), np.ones((500, 4)))
     assert again.get(keys_of(range(900)))[0].all()
+
+
+def test_a_run_that_the_system_will_not_open_is_not_taken_for_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hours of a teacher's work would be removed because a process had too many files open, or too little memory."""
+    keys = keys_of(range(9))
+    ContentStore(tmp_path, width=1).put(keys, np.ones((9, 1)))
+    [run] = tmp_path.glob("*.arrow")
+    for error in (OSError(errno.EMFILE, "too many open files"), pa.ArrowMemoryError("map")):
+        with monkeypatch.context() as patched:
+            patched.setattr(pa, "memory_map", Mock(side_effect=error))
+            with pytest.raises(DataError, match=str(run)):
+                ContentStore(tmp_path, width=1).get(keys)
+    store = ContentStore(tmp_path, width=1)
+    assert store.all(keys).tolist() == [[1.0]] * 9 and not store.damaged
+    run.unlink()
+    with pytest.raises(DataError, match=r"9 of 9 values are no longer in .* computes them anew"):
+        store.all(keys)
 
 
 def test_another_label_or_shape_is_refused(tmp_path: Path) -> None:
