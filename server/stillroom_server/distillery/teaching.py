@@ -22,6 +22,7 @@ machine, bit for bit the weights of a run that was not interrupted (order, dropo
 | work in progress is of other lessons or settings | it is discarded |
 | a list without a relevant candidate, or with nothing else | left out |
 | nothing is left to train on or to hold out | `DataError` |
+| a checkpoint that a killed process left unfinished | removed; the one before it is gone on from |
 | a loss that is not finite | `DataError`, nothing is saved |
 """
 
@@ -45,12 +46,14 @@ from sentence_transformers.cross_encoder.losses import BinaryCrossEntropyLoss, L
 from sentence_transformers.cross_encoder.model_card import CrossEncoderModelCardCallback
 from torch import nn
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
 
+from stillroom_server.distillery.data.sources import content_of
 from stillroom_server.distillery.lessons import Lessons
 from stillroom_server.distillery.students.towers import plain_attention
 from stillroom_server.distillery.teachers.loading import load_model, quiet
 from stillroom_server.distillery.teaching_lists import Taught, pick_lists, training_rows, validation_samples
+from stillroom_server.distillery.training.checkpoints import newest_checkpoint
 from stillroom_server.distillery.training.padding import less_padding
 from stillroom_shared.errors import DataError, SettingsError
 from stillroom_shared.processor import native_bfloat16
@@ -111,7 +114,8 @@ def teach(
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Teaching:
     """Fine-tune, and save to `out`; `progress` counts steps."""
-    identity = hashlib.sha256(f"{lessons.identity} {settings.model_dump_json()}".encode()).hexdigest()
+    begun = content_of(settings.model)
+    identity = hashlib.sha256(f"{lessons.identity} {settings.model_dump_json()} {begun}".encode()).hexdigest()
     if out.exists():
         return _finished(out, identity)
     work = out.with_name(f".{out.name}.teaching")
@@ -124,7 +128,7 @@ def teach(
     before = _measured(work, evaluator, model)
     trainer = _trainer(model, lessons, picked, settings, work, evaluator, progress)
     with quiet(), less_padding(model):
-        newest: str | None = get_last_checkpoint(str(work))  # type: ignore[no-untyped-call]
+        newest = newest_checkpoint(work, _whole)
         trainer.train(resume_from_checkpoint=newest)
     model.eval()
     after = float(trainer.state.best_metric or 0.0)
@@ -132,6 +136,14 @@ def teach(
     _save(model, done, identity, lessons, settings)
     shutil.rmtree(work)
     return done
+
+
+def _whole(checkpoint: Path) -> bool:
+    """Whether a checkpoint has its state, which the library writes last, to its end."""
+    try:
+        return bool(json.loads((checkpoint / TRAINER_STATE_NAME).read_text()))
+    except (OSError, ValueError):
+        return False
 
 
 def _start(settings: TeachSettings) -> CrossEncoder:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -154,6 +155,37 @@ def test_work_of_other_settings_is_not_resumed(lessons: Lessons, settings: Teach
     other = settings.model_copy(update={"learning_rate": 1e-3})
     teach(lessons, other, tmp_path / "out", lambda step, of: steps.append(step))
     assert steps[0] == 1
+
+
+def test_a_checkpoint_that_a_kill_left_unfinished_is_not_resumed_from(
+    lessons: Lessons, settings: TeachSettings, tmp_path: Path
+) -> None:
+    """A run that was killed while it saved could never be resumed."""
+    whole = teach(lessons, settings, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        teach(lessons, settings, tmp_path / "killed", interrupted_at(whole.steps - 1))
+    saved = sorted((tmp_path / ".killed.teaching").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    state = saved[-1] / "trainer_state.json"
+    state.write_text(state.read_text()[:99])
+    teach(lessons, settings, tmp_path / "killed")
+    first, second = weights(whole.folder), weights(tmp_path / "killed")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_base_model_that_was_saved_anew_is_another(lessons: Lessons, settings: TeachSettings, tmp_path: Path) -> None:
+    """Half a run from weights that are gone, or their result, passes for one from what lies there now."""
+    base = shutil.copytree(settings.model, tmp_path / "base")
+    settings = settings.model_copy(update={"model": str(base)})
+    with pytest.raises(KeyboardInterrupt):
+        teach(lessons, settings, tmp_path / "out", interrupted_at(8))
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "layer_norm_eps": 1e-6}))
+    steps: list[int] = []
+    teach(lessons, settings, tmp_path / "out", lambda step, of: steps.append(step))
+    assert steps[0] == 1
+    (base / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SettingsError, match="not of these lessons and settings"):
+        teach(lessons, settings, tmp_path / "out")
 
 
 def test_no_query_is_trained_on_and_measured(lessons: Lessons, tmp_path: Path) -> None:
