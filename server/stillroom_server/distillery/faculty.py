@@ -66,10 +66,11 @@ class Faculty:
     def miner(self) -> Teacher | None:
         """The teacher that finds hard negatives: one with vectors, else one that scores what words find."""
         names = [self.recipe.documents, *self.recipe.teachers]
-        usable = [name for name in names if name and self.recipe.teachers[name].model != TAUGHT]
-        ordered = sorted(usable, key=lambda name: self.recipe.teachers[name].kind != "bi-encoder")
-        kinds = [self.recipe.teachers[name].kind for name in ordered]
-        return self.teacher(ordered[0]) if ordered and kinds[0] != "bm25" else None
+        found = {name: self.recipe.teachers[name] for name in names if name}
+        # BM25 finds what any of them scores, and needs no teacher for it.
+        usable = [name for name, one in found.items() if one.model != TAUGHT and one.kind != "bm25"]
+        ordered = sorted(usable, key=lambda name: found[name].kind != "bi-encoder")
+        return self.teacher(ordered[0]) if ordered else None
 
     @property
     def tokens(self) -> MultiVectorEncoder | None:

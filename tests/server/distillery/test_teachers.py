@@ -15,6 +15,8 @@ from tests.references.maxsim import maxsim
 from tests.server.distillery.tiny_models import save_models
 from transformers import BertModel, PreTrainedTokenizerFast
 
+from stillroom_server.distillery.faculty import Faculty
+from stillroom_server.distillery.recipe import Recipe
 from stillroom_server.distillery.teachers.base import Embedder, FloatArray, Teacher
 from stillroom_server.distillery.teachers.bi_encoder import BiEncoder
 from stillroom_server.distillery.teachers.bm25 import Bm25, analyzer
@@ -98,6 +100,22 @@ def test_identity_sees_weights_and_tokenizer(models: dict[str, str]) -> None:
         second.model.get_parameter("0.model.encoder.layer.1.output.dense.weight")[0, 0] += 1e-3
     third.model.tokenizer.add_tokens(["tapir-eater"])
     assert len({one.identity for one in (first, second, third)}) == 3
+    found = {first.identity}
+    for name in ("a", "b"):  # put before texts whose role has no prompt of its own
+        first.model.prompts, first.model.default_prompt_name = {"a": "ask: ", "b": "tell: "}, name
+        found.add(BiEncoder(first.model, settings).identity)
+    assert len(found) == 3
+
+
+def test_who_mines_negatives(models: dict[str, str], tmp_path: Path) -> None:
+    """Without a teacher's scores no margin is kept to what is relevant, because BM25 was named first."""
+    words, cross = {"kind": "bm25"}, {"kind": "cross-encoder", "model": models["cross-encoder"]}
+    bi = {"model": models["bi-encoder"]}
+    reranker = {"begins": "cross", "student": {"kind": "reranker"}, "losses": {"margin_mse": {"weight": 1}}}
+    for others, expected in (({}, "cross"), ({"bi": bi}, "bi")):
+        recipe = Recipe.model_validate({"teachers": {"words": words, "cross": cross, **others}, **reranker})
+        faculty = Faculty(recipe, tmp_path)
+        assert faculty.miner is faculty.teacher(expected)
 
 
 def test_limits_and_prompts_reach_the_model(opened: Callable[..., Teacher], models: dict[str, str]) -> None:
