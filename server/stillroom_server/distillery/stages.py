@@ -16,8 +16,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from stillroom_server.distillery.data.settings import SourceSettings
-from stillroom_server.distillery.data.sources import source_key
+from stillroom_server.distillery.data.sources import content_of, source_key
 from stillroom_server.distillery.lessons import Lessons
 from stillroom_server.distillery.losses.needs import needs
 from stillroom_server.distillery.recipe import TAUGHT, Recipe
@@ -124,6 +123,5 @@ def _contents(recipe: Recipe) -> list[str]:
     data = recipe.data
     models = [data.synthetic.model, data.datafree.model, recipe.teach.model]
     models += [one.model for one in recipe.teachers.values()]
-    folders = [*data.exclude.folders, *(name for name in models if name not in ("", OFFLINE, TAUGHT))]
-    named = [SourceSettings(kind="beir", data=str(folder)) for folder in folders]
-    return [source_key(one) for one in (*data.sources, *named)]
+    named = [*map(str, data.exclude.folders), *(name for name in models if name not in ("", OFFLINE, TAUGHT))]
+    return [*map(source_key, data.sources), *map(content_of, named)]

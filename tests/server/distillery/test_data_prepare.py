@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -103,6 +104,51 @@ def test_measured_queries_are_found_among_made_ones(zoo: Path, tmp_path: Path) -
     lessons = prepare_lessons(without, tmp_path / "out", teacher=HashedWords())
     assert lessons.sources["queries made by title"]["excluded"] == 1
     assert "Tapir Of The Forest" not in lessons.texts(lessons.rows("query"))
+
+
+def test_made_queries_follow_what_is_excluded_and_who_writes(
+    zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Queries of the last run would stay, some of which are measured on by now, or written by a model that is gone."""
+    measured, out = tmp_path / "measured", tmp_path / "out"
+    shutil.copytree(zoo, measured)
+    (measured / "queries.jsonl").write_text('{"_id": "q", "text": "tapir of the forest"}\n')
+    for name in ("train", "test"):
+        (measured / "qrels" / f"{name}.tsv").unlink()
+    (measured / "qrels" / "dev.tsv").write_text("q\ttapir-forest\t1\n")
+    (measured / "qrels" / "test.tsv").write_text("q\ttapir-river\t0\n")
+
+    def titles(**changes: Any) -> set[str]:
+        shutil.rmtree(out, ignore_errors=True)
+        given = {
+            "makers": ["title"],
+            "per_passage": 1,
+            "model": str(tmp_path / "writer"),
+            **changes.pop("synthetic", {}),
+        }
+        made = prepare_lessons(settings_of(zoo, synthetic=given, negatives={"count": 0}, **changes), out, teacher=None)
+        return {text for text in made.texts(made.rows("query")) if text.istitle()}
+
+    everything = titles(exclude={"folders": [str(measured)], "splits": ["test"]})
+    assert titles(exclude={"folders": [str(measured)], "splits": ["dev"]}) == everything - {"Tapir Of The Forest"}
+    asked = Mock(return_value=iter(()))
+    monkeypatch.setattr(prepare, "made_queries", asked)
+    for said in ("first", "second", "second"):
+        (tmp_path / "writer").write_text(said)
+        titles()
+    assert asked.call_count == 2
+
+
+def test_what_is_said_of_a_source_can_be_put_right(zoo: Path, tmp_path: Path) -> None:
+    """A wrong licence would stay in every release that is made after it was mended."""
+    for more in ({}, {"licence": "CC-BY-4.0", "name": "zoo of 2024"}):
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        sources = [{"kind": "beir", "data": str(zoo), **more}]
+        found = prepare_lessons(
+            settings_of(zoo, sources=sources, **FULL), tmp_path / "out", teacher=HashedWords()
+        ).sources
+        name = more.get("name", "zoo")
+        assert next(iter(found)) == name and found[name]["licence"] == more.get("licence", "not stated")
 
 
 def test_nothing_is_done_twice(zoo: Path, tmp_path: Path) -> None:

@@ -147,8 +147,17 @@ def test_a_local_data_set_is_streamed(tmp_path: Path) -> None:
     assert len(judged(lessons)) == 3
     facts = lessons.description["about"]
     assert len(facts["files"]) == 64 and facts["split"] == "train"
-    with pytest.raises(ValueError, match="test queries are never learned from"):
-        SourceSettings(kind="huggingface", data=str(folder), split="test[:10]")
+    for split in ("test[:10]", "train+test", "train[:9]+ test[:1]", "all"):
+        with pytest.raises(ValueError, match="test queries are never learned from"):
+            SourceSettings(kind="huggingface", data=str(folder), split=split)
+    few = [settings.model_copy(update={"queries": 1, "passages": most}) for most in (None, 1, 0)]
+    found = [read(one, tmp_path / f"few-{number}") for number, one in enumerate(few)]
+    assert [len(queries(one)) for one in found] == [1, 1, 1], (
+        "a corpus is no smaller because fewer queries are asked of it"
+    )
+    assert passages(found[0]) == passages(lessons)
+    needed = {text for _, text, _ in judged(found[2])}
+    assert len(passages(found[1])) == len(passages(found[2])) + 1 and needed
 
 
 @pytest.mark.parametrize(

@@ -48,12 +48,13 @@ from stillroom_server.distillery.data.merging import (
 )
 from stillroom_server.distillery.data.negatives import Mined, mine
 from stillroom_server.distillery.data.roundtrip import ranks
-from stillroom_server.distillery.data.settings import DataSettings, SourceSettings
-from stillroom_server.distillery.data.sources import gather, source_key
+from stillroom_server.distillery.data.settings import DataSettings
+from stillroom_server.distillery.data.sources import content_of, gather, source_key
 from stillroom_server.distillery.data.synthetic import chosen_passages, made_queries, maker
 from stillroom_server.distillery.lessons import Lessons, LessonsWriter
 from stillroom_server.distillery.teachers.base import Embedder, Teacher
 from stillroom_server.distillery.vectors import VectorCache
+from stillroom_server.teacher import OFFLINE
 from stillroom_shared.errors import DataError, SettingsError
 from stillroom_shared.workspace import key_of
 
@@ -106,7 +107,7 @@ class _Preparation:
     def key(self) -> str:
         """Changes with all that the lessons depend on."""
         teacher = self.teacher.identity if self.teacher and self._asks else None
-        return key_of(self.settings.model_dump(mode="json"), self._content, teacher)
+        return key_of(self.settings.model_dump(mode="json"), self._content, self._excluding, self._writers, teacher)
 
     @property
     def _asks(self) -> bool:
@@ -115,8 +116,20 @@ class _Preparation:
 
     @cached_property
     def _content(self) -> list[str]:
-        folders = [SourceSettings(kind="beir", data=str(folder)) for folder in self.settings.exclude.folders]
-        return [source_key(source) for source in (*self.settings.sources, *folders)]
+        """Of each source."""
+        return [source_key(source) for source in self.settings.sources]
+
+    @cached_property
+    def _excluding(self) -> list[Any]:
+        """What must not be learned from: how it is named, and what it is now."""
+        exclude = self.settings.exclude
+        return [exclude.model_dump(mode="json"), [content_of(str(folder)) for folder in exclude.folders]]
+
+    @cached_property
+    def _writers(self) -> list[str]:
+        """Models that make text."""
+        models = self.settings.synthetic.model, self.settings.datafree.model
+        return [content_of(model) for model in models if model not in ("", OFFLINE)]
 
     @cached_property
     def _work(self) -> Path:
@@ -137,9 +150,8 @@ class _Preparation:
     def _gathered(self) -> Lessons:
         """All sources together."""
         settings, parts = self.settings, []
-        excluding = [settings.exclude.model_dump(mode="json"), self._content[len(settings.sources) :]]
-        for number, (source, content) in enumerate(zip(settings.sources, self._content, strict=False)):
-            key = key_of(source.model_dump(mode="json"), content, excluding, settings.seed)
+        for number, (source, content) in enumerate(zip(settings.sources, self._content, strict=True)):
+            key = key_of(source.model_dump(mode="json"), content, self._excluding, settings.seed)
             folder = self._work / "sources" / f"{re.sub('[^A-Za-z0-9]+', '-', source.title)}-{key}"
             share = self._step(0, number, len(settings.sources))
             parts.append(
@@ -147,11 +159,13 @@ class _Preparation:
                 if folder.exists()
                 else gather(source, folder, excluded=self._excluded, seed=settings.seed, progress=share)
             )
-        folder = self._work / f"gathered-{key_of([one.identity for one in parts])}"
+        facts = [{**part.description["about"], "hash": part.identity} for part in parts]
+        # What is said of a source goes with its text: a licence that was put right must not stay as it was.
+        folder = self._work / f"gathered-{key_of([source.title for source in settings.sources], facts)}"
         if not folder.exists():
             with LessonsWriter(folder, candidates=1) as writer:
-                for source, part in zip(settings.sources, parts, strict=True):
-                    add(writer, part, {0: writer.source(source.title, **part.description["about"], hash=part.identity)})
+                for source, part, about in zip(settings.sources, parts, facts, strict=True):
+                    add(writer, part, {0: writer.source(source.title, **about)})
         return Lessons.open(folder)
 
     def _made(self, gathered: Lessons) -> Lessons:
@@ -159,10 +173,8 @@ class _Preparation:
         settings = self.settings.synthetic
         if not settings.makers:
             return gathered
-        folder = (
-            self._work
-            / f"made-{key_of(gathered.identity, settings.model_dump(mode='json'), self._content, self.settings.seed)}"
-        )
+        said = [settings.model_dump(mode="json"), self._excluding, self._writers, self.settings.seed]
+        folder = self._work / f"made-{key_of(gathered.identity, gathered.sources, said)}"
         if folder.exists():
             return Lessons.open(folder)
         about: dict[str, Any] = {}

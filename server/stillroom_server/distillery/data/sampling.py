@@ -13,6 +13,7 @@ import tempfile
 from array import array
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TypeVar
 
 import numpy as np
@@ -93,16 +94,37 @@ def sample(
         yield from records
         return
     lowest = {group: Lowest(limit) for group, limit in limits.items() if limit is not None}
-    with tempfile.TemporaryFile() as waiting:
-        count = 0
+
+    def offered() -> Iterator[tuple[str, int, Record]]:
         for record in records:
             group, text = key(record)
             number = mark(text, seed)
             if group not in lowest or lowest[group].offer(number):
-                pickle.dump((group, number, record), waiting)
-                count += 1
-        waiting.seek(0)
-        for _ in range(count):
-            group, number, record = pickle.load(waiting)  # written above, by this process, to a file without a name
+                yield group, number, record
+
+    with on_disk(offered()) as again:
+        for group, number, record in again():
             if group not in lowest or number in lowest[group]:
                 yield record
+
+
+@contextmanager
+def on_disk(records: Iterable[Record]) -> Iterator[Callable[[], Iterator[Record]]]:
+    """The records of a stream, to be read as often as asked for, one reading after the other.
+
+    >>> with on_disk(iter("ab")) as again:
+    ...     [*again(), *again()]
+    ['a', 'b', 'a', 'b']
+    """
+    with tempfile.TemporaryFile() as file:
+        count = 0
+        for record in records:
+            pickle.dump(record, file)
+            count += 1
+
+        def again() -> Iterator[Record]:
+            file.seek(0)
+            for _ in range(count):
+                yield pickle.load(file)  # written above, by this process, to a file without a name
+
+        yield again

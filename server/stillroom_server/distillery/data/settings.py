@@ -69,8 +69,12 @@ class SourceSettings(Group):
             )
         if self.kind == "questions" and (self.use != "queries" or self.queries is None):
             raise ValueError("questions are made, without passages: set use to queries, and queries to how many")
-        if self.kind == "huggingface" and self.use != "passages" and self.split.partition("[")[0] == "test":
-            raise ValueError(f"split {self.split}: test queries are never learned from, set use to passages")
+        # The library joins splits by `+`, takes parts of them in brackets, and knows `all`.
+        named = {part.partition("[")[0].strip() for part in self.split.split("+")}
+        if self.kind == "huggingface" and self.use != "passages" and named & {"test", "all"}:
+            raise ValueError(
+                f"split {self.split}: test queries are never learned from, name other splits or set use to passages"
+            )
         return self
 
     @property

@@ -27,7 +27,7 @@ from stillroom_server.distillery.data.huggingface import Row, opened
 from stillroom_server.distillery.data.intake import Intake
 from stillroom_server.distillery.data.leakage import Excluded
 from stillroom_server.distillery.data.questions import questions, read_words
-from stillroom_server.distillery.data.sampling import sample
+from stillroom_server.distillery.data.sampling import Lowest, mark, on_disk, sample
 from stillroom_server.distillery.data.settings import SourceSettings
 from stillroom_server.distillery.data.wordnet import FOLDER as WORDNET
 from stillroom_server.distillery.data.wordnet import LICENCE, definitions, release
@@ -83,6 +83,11 @@ def source_key(settings: SourceSettings) -> str:
     elif (folder := _folder(settings)).exists():
         digest.update(content_key(folder).encode())
     return digest.hexdigest()[:16]
+
+
+def content_of(name: str) -> str:
+    """Changes when the files of a folder do, of a model say; what is no folder is a name, and stands for itself."""
+    return source_key(SourceSettings(kind="beir", data=name))
 
 
 def _beir(settings: SourceSettings, intake: Intake, seed: int, progress: Progress) -> Facts:
@@ -211,9 +216,35 @@ def _folder(settings: SourceSettings) -> Path:
 
 
 def _sampled(rows: Iterator[Row], settings: SourceSettings, seed: int) -> Iterator[Row]:
-    """Rows with a query by the hash of that, rows without by that of their passages, each under its own limit."""
+    """Rows with a query by the hash of that, and passages that none of these needs by their own, each under its own limit."""
+    if settings.queries is not None and settings.passages != 0 and settings.use == "pairs":
+        return _with_other_passages(rows, settings.queries, settings.passages, seed)
     limits = {"queries": settings.queries, "passages": settings.passages}
     return sample(rows, limits, key=_row_key, seed=seed)
+
+
+def _with_other_passages(rows: Iterator[Row], queries: int, passages: int | None, seed: int) -> Iterator[Row]:
+    """The chosen rows, then passages of the others: a corpus is no smaller because few queries are asked of it."""
+    lowest = Lowest(queries)
+
+    def offered() -> Iterator[Row]:
+        for row in rows:
+            if row.query:
+                lowest.offer(mark(normalize(row.query), seed))
+            yield row
+
+    def chosen(row: Row) -> bool:
+        return bool(row.query) and mark(normalize(row.query), seed) in lowest
+
+    with on_disk(offered()) as again:
+        needed = set[int]()
+        for row in filter(chosen, again()):
+            needed.update(mark(normalize(text), seed) for text in (*row.passages, *row.others))
+            yield row
+        rest = (text for row in again() if not chosen(row) for text in (*row.passages, *row.others))
+        others = (text for text in rest if mark(normalize(text), seed) not in needed)
+        for text in sample(others, {"passages": passages}, key=_passage_key, seed=seed):
+            yield Row("", (text,), ())
 
 
 def _take(rows: Iterator[Row], intake: Intake) -> None:
