@@ -54,4 +54,5 @@ def _rules(tokenizer: Any) -> Any:
         return sorted(tokenizer.get_vocab().items())
     rules = json.loads(fast.to_str())
     rules.update(truncation=None, padding=None)  # left there by the last call
-    return [rules, getattr(tokenizer, "model_max_length", None)]
+    template = getattr(tokenizer, "chat_template", None)  # around the texts of a reranker that is a language model
+    return [rules, getattr(tokenizer, "model_max_length", None), *([template] if template else [])]
