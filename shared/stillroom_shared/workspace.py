@@ -96,6 +96,11 @@ class Workspace:
                     f"{there} is there, and no run is known to have made it: name another folder, or remove it"
                 )
 
+    def done(self, name: str, key: str) -> bool:
+        """Whether a stage is done for this key, and would be skipped."""
+        stamp = self._stamp(name)
+        return stamp.get("key") == key and bool(stamp["done"])
+
     def seconds(self) -> dict[str, float]:
         """Seconds of work that each finished stage took, whenever that was."""
         stamps = {path.stem: self._stamp(path.stem) for path in sorted((self.folder / _STAMPS).glob("*.json"))}

@@ -1,7 +1,8 @@
 """A recipe's stages, each skipped while nothing that it depends on has changed. `stages.py` lists them.
 
 Vectors and scores are kept by content in the cache too, so another run with the same teachers computes only what is new. Under
-`accelerate launch` or `torchrun` the first process prepares while the others wait, all of them train, and the first writes.
+`accelerate launch` or `torchrun` the first process prepares while the others wait, all of them train, and the first writes;
+what one alone can do (`IN_ONE_PROCESS`) has to be done before.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from stillroom_server.distillery.losses.needs import scales
 from stillroom_server.distillery.recipe import Recipe
 from stillroom_server.distillery.rotation import Rotation, document_tower, rotate_array, rotated_model, rotated_tokens
 from stillroom_server.distillery.scores import ScoreCache, score_lessons
-from stillroom_server.distillery.stages import OUTPUTS, expected, planned, stage_keys
+from stillroom_server.distillery.stages import IN_ONE_PROCESS, OUTPUTS, expected, planned, stage_keys
 from stillroom_server.distillery.students.iterate import prune_iteratively
 from stillroom_server.distillery.students.make import make_student
 from stillroom_server.distillery.students.settings import StudentSettings
@@ -45,6 +46,7 @@ from stillroom_server.distillery.training.bank import Bank
 from stillroom_server.distillery.training.curriculum import Curriculum
 from stillroom_server.distillery.training.train import Student, processes
 from stillroom_server.distillery.vectors import VectorCache, embed_lessons
+from stillroom_shared.errors import SettingsError
 from stillroom_shared.progress import Progress, Stage
 from stillroom_shared.workspace import Workspace
 
@@ -75,8 +77,9 @@ class Run:
 
         Raises:
             KeyboardInterrupt: it was interrupted, and goes on when it is called again.
-            SettingsError: the student could not be trained in the end (`early.py`), or the folder holds something of a name
-                that a stage would write, which no stage has made; nothing is changed.
+            SettingsError: the student could not be trained in the end (`early.py`), the folder holds something of a name that
+                a stage would write and none has made, or several processes run and a stage that takes one is not done; nothing
+                is changed.
             StillroomError: a stage cannot do its work, with the remedy.
         """
         works: dict[str, Callable[[Stage], None]] = {
@@ -91,20 +94,31 @@ class Run:
         }
         if last is None or last in ("train", "export"):
             refuse_early(self.recipe)  # of what can only fail there
-        self._space.check({name: OUTPUTS[name] for name in planned(self.recipe)})
-        for name in planned(self.recipe):
+        stages = planned(self.recipe)
+        stages = stages[: stages.index(last) + 1] if last in stages else stages
+        self._refuse_processes(stages)
+        self._space.check({name: OUTPUTS[name] for name in stages})
+        for name in stages:
             with progress.stage(name) as stage:
                 skipped = self._stage(name, lambda stage=stage, name=name: works[name](stage))  # type: ignore[misc]
                 stage.note(self._remark(name), cached=skipped)
                 if name == "lessons":
                     progress.expect(expected(self.recipe, self.lessons))
-            if name == last:
-                break
         return self.out / "model"
 
     def untrained(self) -> Student:
         """The student as training begins with it, after the stages before are done: what a recipe is compared with."""
         return self._new_student()
+
+    def _refuse_processes(self, stages: Sequence[str]) -> None:
+        if (together := processes().num_processes) == 1:
+            return
+        left = [one for one in stages if one in IN_ONE_PROCESS and not Workspace(self.out).done(one, self._keys[one])]
+        if left:
+            raise SettingsError(
+                f"{together} processes, and {' and '.join(left)} can only be done by one: run the recipe in one process, "
+                "without torchrun or accelerate launch; several may train it anew once that is done"
+            )
 
     def _stage(self, name: str, work: Callable[[], None]) -> bool:
         """Run a stage unless it is done: in the first process while others wait, or in all of them for training."""

@@ -57,6 +57,8 @@ OUTPUTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     }
 )
 """Below the folder of results; removed when what the stage depends on has changed."""
+IN_ONE_PROCESS = frozenset({"teach", "search"})
+"""Stages with trainers of their own, which under several processes would wait for steps of those that wait for the stage."""
 
 
 def planned(recipe: Recipe) -> list[str]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import TypeVar
 
@@ -36,6 +39,7 @@ WORDS = [
     "river",
     "bank",
 ]
+ROOT = Path(__file__).resolve().parents[3]
 DIM = 32
 CANDIDATES = 3
 
@@ -97,3 +101,15 @@ def unit(rows: int, dim: int = DIM, seed: int = 1) -> NDArray[np.float32]:
     values = np.random.default_rng(seed).standard_normal((rows, dim)).astype(np.float32)
     made: NDArray[np.float32] = values / np.linalg.norm(values, axis=1, keepdims=True)
     return made
+
+
+def in_two_processes(program: str, folder: Path, *arguments: Path) -> None:
+    """Run a program, whose traceback tells where it hangs or fails, in two processes that train together."""
+    path = folder / "program.py"
+    path.write_text("import faulthandler\nfaulthandler.dump_traceback_later(250, exit=True)\n" + program)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*map(str, [*launch, path, *arguments])], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]

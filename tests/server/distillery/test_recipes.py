@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from sentence_transformers import CrossEncoder, SentenceTransformer
-from tests.server.distillery.learners import WORDS, lessons
+from tests.server.distillery.learners import WORDS, in_two_processes, lessons
 
 from stillroom_server.distillery.early import refuse_early
 from stillroom_server.distillery.lessons import Lessons
@@ -202,14 +202,16 @@ def test_a_pruned_student_learns_from_itself_as_it_was_before(
     np.testing.assert_array_equal(again.encode(WORDS), student.encode(WORDS))
 
 
+TAUGHT_FIRST = (
+    "begins = 'cross'\nscorers = ['cross']\n[teachers.cross]\nkind = 'cross-encoder'\nmodel = 'taught'\n"
+    "[teach]\nmodel = '{}'\nepochs = 1\n[student]\nkind = 'reranker'\n"
+    "[data.negatives]\ncount = 2\n[losses.margin_mse]\nweight = 1.0\n"
+)
+
+
 def test_a_cross_encoder_is_taught_first_and_becomes_a_reranker(tmp_path: Path, teacher: Path, data: Path) -> None:
     """Guards against a student that learns from a head that nobody trained."""
-    text = (
-        "begins = 'cross'\nscorers = ['cross']\n[teachers.cross]\nkind = 'cross-encoder'\nmodel = 'taught'\n"
-        f"[teach]\nmodel = '{teacher}'\nepochs = 1\n[student]\nkind = 'reranker'\n"
-        "[data.negatives]\ncount = 2\n[losses.margin_mse]\nweight = 1.0\n"
-    )
-    chosen = recipe(text, teacher, data, tmp_path).model_copy()
+    chosen = recipe(TAUGHT_FIRST.format(teacher), teacher, data, tmp_path).model_copy()
     run = Run(chosen, tmp_path / "out", tmp_path / "cache")
     said = finished(run)
     assert [line.split()[0] for line in said.splitlines()] == ["lessons", "teach", "scores", "train", "export"]
@@ -218,6 +220,36 @@ def test_a_cross_encoder_is_taught_first_and_becomes_a_reranker(tmp_path: Path, 
     scores = np.load(tmp_path / "out" / "scores.npy")
     lessons = Lessons.open(tmp_path / "out" / "lessons")
     assert scores.shape == (lessons.lists, 3) and np.isfinite(scores).all()
+
+
+_SEVERAL = """
+import sys
+import tempfile
+from pathlib import Path
+import pytest
+from tests.server.distillery.test_recipes import ALIGNED, TAUGHT_FIRST, finished, recipe
+from stillroom_server.distillery.run import Run
+from stillroom_shared.errors import SettingsError
+
+teacher, data, done, out = map(Path, sys.argv[1:])
+texts = {"teach": TAUGHT_FIRST.format(teacher), "search": "searches = true\\n" + ALIGNED}
+chosen = {stage: recipe(text, teacher, data, Path(tempfile.mkdtemp())) for stage, text in texts.items()}
+for stage, one in chosen.items():
+    with pytest.raises(SettingsError, match=f"2 processes, and {stage} can only be done by one: run the recipe in one"):
+        finished(Run(one, out, out))
+    assert not out.exists()
+finished(Run(chosen["teach"], done, done))
+"""
+
+
+def test_processes_do_not_wait_for_a_stage_that_one_must_do(tmp_path: Path, teacher: Path, data: Path) -> None:
+    """Guards against a trainer of one process that waits for steps of others for ever, and a refusal of what it has done."""
+    done, chosen = tmp_path / "done", recipe(TAUGHT_FIRST.format(teacher), teacher, data, tmp_path)
+    progress = Progress({name: STAGES[name] for name in planned(chosen)}, console=Console(quiet=True))
+    Run(chosen, done, done).all_stages(progress, last="teach")
+    assert not (done / "scores.npy").exists()
+    in_two_processes(_SEVERAL, tmp_path, teacher, data, done, tmp_path / "out")
+    assert (done / "model" / "reranker.json").exists()
 
 
 ALIGNED = "documents = 'minilm'\n[data.negatives]\ncount = 3\n[losses.cosine]\nweight = 1.0\n"

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -17,7 +15,7 @@ import pytest
 import torch
 from sentence_transformers import CrossEncoder, MultiVectorEncoder, SentenceTransformer
 from tests.references import distillation as slow
-from tests.server.distillery.learners import CANDIDATES, DIM, late, lessons, reranker, tower, unit
+from tests.server.distillery.learners import CANDIDATES, DIM, in_two_processes, late, lessons, reranker, tower, unit
 from torch import Tensor, nn
 
 from stillroom_server.distillery.lessons import Lessons, LessonsWriter
@@ -43,7 +41,6 @@ from stillroom_server.distillery.training.teacher_tokens import TeacherTokens
 from stillroom_server.distillery.training.watching import watched
 from stillroom_shared.errors import DataError, SettingsError
 
-ROOT = Path(__file__).resolve().parents[3]
 QUICK = TrainingSettings(epochs=2, batch_size=8, learning_rate=1e-2, log_steps=2, bfloat16="off")
 ALIGN = LossesSettings.model_validate({"cosine": {"weight": 1}})
 
@@ -396,7 +393,6 @@ def test_rerankers_and_late_interaction_learn_their_teachers_order(folder: Path,
 
 
 _SHARE = """
-import faulthandler
 import os
 import sys
 from pathlib import Path
@@ -411,7 +407,6 @@ from stillroom_shared.errors import DataError
 from accelerate import PartialState
 
 model, data, out = map(Path, sys.argv[1:])
-faulthandler.dump_traceback_later(250, exit=True)
 found = Lessons.open(data)
 losses = LossesSettings.model_validate({"cosine": {"weight": 1}})
 training = TrainingSettings(
@@ -459,18 +454,8 @@ def test_processes_train_together_like_one_that_takes_all_shares(folder: Path, t
     bank = Bank(found, unit(len(found), 20))  # of another length: a projection is learned beside the student
     Curriculum(losses=ALIGN, training=training, bank=bank).learn(alone, tmp_path / "alone")
     mixed(folder, training, found).learn(both, tmp_path / "both")
-    program, out = tmp_path / "share.py", tmp_path / "together"
-    program.write_text(_SHARE)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*map(str, [*launch, program, folder, tmp_path / "lessons", out])],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    out = tmp_path / "together"
+    in_two_processes(_SHARE, tmp_path, folder, tmp_path / "lessons", out)
     texts = ["open a zip file", "river bank"]
     for model, place in ((alone, out), (both, out / "mixed")):
         together = SentenceTransformer(str(place), device="cpu")
