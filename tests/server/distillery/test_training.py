@@ -397,7 +397,7 @@ import os
 import sys
 from pathlib import Path
 from tests.server.distillery.learners import lessons, tower, unit
-from tests.server.distillery.test_training import mixed
+from tests.server.distillery.test_training import mixed, several
 from stillroom_server.distillery.lessons import Lessons
 from stillroom_server.distillery.losses.settings import LossesSettings
 from stillroom_server.distillery.training.bank import Bank
@@ -416,8 +416,11 @@ training = TrainingSettings(
 student = tower(model)
 bank = Bank(found, unit(len(found), 20))
 Curriculum(losses=losses, training=training, bank=bank).learn(student, out / "training")
-both = tower(model)
-mixed(model, training, found).learn(both, out / "mixed-training")
+for name, curriculum in several(model, training, found).items():
+    one = tower(model)
+    curriculum.learn(one, out / f"{name}-training")
+    if PartialState().is_main_process:
+        one.save_pretrained(str(out / name), create_model_card=False)
 uneven = training.model_copy(update={"batch_size": 4})  # 17 batches and 2 texts, 5 of lists
 mixed(model, uneven, found).learn(tower(model), out / "uneven-training")
 try:
@@ -428,38 +431,58 @@ else:
     raise AssertionError("processes without a batch")
 if PartialState().is_main_process:
     student.save_pretrained(str(out), create_model_card=False)
-    both.save_pretrained(str(out / "mixed"), create_model_card=False)
 """
 
 
 def mixed(folder: Path, training: TrainingSettings, found: Lessons) -> Curriculum:
     """Learns hidden states from texts, and from lists passages too, through a projection that texts do not use."""
     losses = LossesSettings.model_validate({"hidden_states": {"weight": 1}, "l2": {"weight": 1, "side": "passages"}})
+    settings = training.model_copy(update={"towers": "both"})
+    return beside(folder, losses, settings, Bank(found, unit(len(found), 20)))
+
+
+def several(folder: Path, training: TrainingSettings, found: Lessons) -> dict[str, Curriculum]:
+    """Curricula of which one process may learn from lists while another learns from texts, which use fewer parameters."""
+    return {
+        "mixed": mixed(folder, training, found),
+        "attending": attending(folder, training, found),
+        "of-texts": attending(folder, training, found, listed=0),
+    }
+
+
+def attending(folder: Path, training: TrainingSettings, found: Lessons, *, listed: float = 1) -> Curriculum:
+    """Learns attention maps, for which the last layer's output is nothing, and ranking from lists, for which it is."""
+    losses = LossesSettings.model_validate({"attention_maps": {"weight": 1}, "contrastive": {"weight": listed}})
+    return beside(folder, losses, training, Bank(found, unit(len(found))))
+
+
+def beside(folder: Path, losses: LossesSettings, training: TrainingSettings, bank: Bank) -> Curriculum:
     teacher = tower(folder)
     with torch.no_grad():
         for weight in bert_of(teacher).encoder.parameters():
             weight.mul_(1.1)
-    settings = training.model_copy(update={"towers": "both"})
-    return Curriculum(losses=losses, training=settings, bank=Bank(found, unit(len(found), 20)), teacher=teacher)
+    return Curriculum(losses=losses, training=training, bank=bank, teacher=teacher)
 
 
 def test_processes_train_together_like_one_that_takes_all_shares(folder: Path, tmp_path: Path) -> None:
-    """Guards against processes that train alone, or wait for each other in a checkpoint, in a projection that one of them did
-    not use or for a batch that one of them has more; and against projections that drift."""
+    """Guards against processes that train alone, or wait for each other in a checkpoint, in a projection or a layer that one
+    of them did not use or for a batch that one of them has more; and against projections that drift."""
     found = lessons(tmp_path / "lessons", queries=40)
-    alone, both = tower(folder), tower(folder)
+    alone = tower(folder)
     training = TrainingSettings(
         epochs=2, batch_size=5, learning_rate=1e-2, bfloat16="off", schedule="constant", accumulate=2
     )
     bank = Bank(found, unit(len(found), 20))  # of another length: a projection is learned beside the student
     Curriculum(losses=ALIGN, training=training, bank=bank).learn(alone, tmp_path / "alone")
-    mixed(folder, training, found).learn(both, tmp_path / "both")
     out = tmp_path / "together"
     in_two_processes(_SHARE, tmp_path, folder, tmp_path / "lessons", out)
     texts = ["open a zip file", "river bank"]
-    for model, place in ((alone, out), (both, out / "mixed")):
-        together = SentenceTransformer(str(place), device="cpu")
-        np.testing.assert_allclose(together.encode(texts), model.encode(texts), atol=1e-4)
+    models = {".": alone}
+    for name, curriculum in several(folder, training, found).items():
+        curriculum.learn(models.setdefault(name, tower(folder)), tmp_path / name)
+    for name, model in models.items():
+        together = SentenceTransformer(str(out / name), device="cpu")
+        np.testing.assert_allclose(together.encode(texts), model.encode(texts), atol=1e-4, err_msg=name)
         assert np.abs(together.encode(texts) - tower(folder).encode(texts)).max() > 0.01
 
 

@@ -5,7 +5,8 @@
 
 The first interrupt (Ctrl-C) finishes the step, saves and raises `KeyboardInterrupt`; after a kill, `save_minutes` are lost at
 most. A run that goes on from a checkpoint ends with the weights of one that was never interrupted (tested). Under `accelerate
-launch` or `torchrun` every process takes its share of the batches; gradients of projections are averaged like the student's.
+launch` or `torchrun` every process takes its share of the batches; gradients are averaged over them, zero where one did not use
+what another used.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 from datasets import Dataset, DatasetDict
 from sentence_transformers import (
     CrossEncoder,
@@ -34,7 +35,7 @@ from sentence_transformers import (
     SentenceTransformerTrainer,
     SentenceTransformerTrainingArguments,
 )
-from torch import nn
+from torch import Tensor, nn
 from transformers import BertModel, PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.trainer_utils import get_last_checkpoint
@@ -54,10 +55,24 @@ _LOSSES = "losses.pt"
 
 
 class _Plain:
-    """A trainer that writes no model card: it would read texts from data sets of numbers; the recipe describes itself."""
+    """A trainer that writes no model card, and whose processes may use other parameters than each other.
+
+    A card would read texts from data sets of numbers; the recipe describes itself.
+    """
+
+    accelerator: Accelerator
+    optimizer: Any
 
     def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
         """Nothing to add."""
+
+    def training_step(self, model: nn.Module, *args: Any, **options: Any) -> Tensor:
+        """As in the library, but gradients are averaged after the backward pass: in it, each parameter would wait for all."""
+        with self.accelerator.no_sync(model):
+            loss: Tensor = super().training_step(model, *args, **options)  # type: ignore[misc]
+        if self.accelerator.sync_gradients:
+            _average_gradients([one for group in self.optimizer.param_groups for one in group["params"]])
+        return loss
 
 
 class _TowerTrainer(_Plain, SentenceTransformerTrainer):
@@ -195,26 +210,28 @@ def processes() -> PartialState:
 
 
 def _leave_poolers(student: Student) -> None:
-    """Leave alone what no vector comes from: it would only decay, and processes would wait for its gradient in vain."""
+    """Leave alone what no vector comes from."""
     for part in student.modules():
         if isinstance(part, BertModel) and part.pooler is not None and not isinstance(student, CrossEncoder):
             part.pooler.requires_grad_(False)
 
 
-def _average_gradients(composition: nn.Module) -> None:
-    """Have every process step the projections alike: the trainer averages gradients of the student only.
+def _average_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    """Have every process step the student and the projections alike.
 
-    Before the step, not in backward passes: one process may learn from texts, whose losses use fewer projections, while another
-    learns from lists, and each would wait for the other.
+    One process may learn from texts, whose losses use fewer of them (no projection, or not the last layer, of which attention
+    maps see nothing), while another learns from lists. What none of them used stays without a gradient, as in one process.
     """
-    parameters = list(composition.parameters())
-    if (together := processes().num_processes) == 1 or not parameters:
+    if (together := processes().num_processes) == 1:
         return
-    used = _any_process(*(parameter.grad is not None for parameter in parameters))
-    for parameter in (one for one, anywhere in zip(parameters, used, strict=True) if anywhere):
-        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        torch.distributed.all_reduce(gradient)
-        parameter.grad = gradient.div_(together)
+    used = _any_process(*(one.grad is not None for one in parameters))
+    stepped = [one for one, anywhere in zip(parameters, used, strict=True) if anywhere]
+    gradients = [torch.zeros_like(one) if one.grad is None else one.grad for one in stepped]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    torch.distributed.all_reduce(flat)
+    averages = torch.split(flat.div_(together), [gradient.numel() for gradient in gradients])
+    for parameter, average in zip(stepped, averages, strict=True):
+        parameter.grad = average.view_as(parameter)
 
 
 def _any_process(*own: bool) -> list[bool]:
@@ -238,11 +255,6 @@ class _Watcher(TrainerCallback):
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._clock.progress = state.global_step / max(state.max_steps, 1)
-
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        _average_gradients(self._composition)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._progress(state.global_step, state.max_steps)
