@@ -6,7 +6,7 @@ Sizes come from the configuration files of teachers; no weights are opened. The 
 | case | what happens |
 |---|---|
 | a teacher whose files say no sizes, or none to be had now | what depends on its sizes is left for later |
-| the student's shape is searched | the same of its layers |
+| the student's shape is searched | the same of its layers; trials are ranked by vectors as long as those of `documents` |
 | `student.vocabulary` not below the teacher's | nothing is trimmed, so nothing is refused |
 | no source has judged queries and none are made | there will be no lists |
 """
@@ -35,13 +35,15 @@ def refuse_early(recipe: Recipe) -> None:
         _config_of(recipe, name) for name in (recipe.origin, recipe.documents, recipe.token_teacher)
     )
     _refuse_shapes(recipe, origin)
+    _refuse_search(recipe, _dimension(documents))
     losses, settings = _judged(recipe, origin, documents), recipe.student
     if not any(losses.active()):
         return
-    # Where a size is unknown, one that refuses nothing stands for it.
+    # Where a size is unknown, one that refuses nothing stands for it: for the teacher's, that of the student.
     unknown = max((*losses.matryoshka.dims, 0)) + 1
-    space = _dimension(documents) or unknown
-    own = settings.dimension or (_dimension(origin) or unknown)
+    said = settings.dimension or _dimension(origin)
+    own = said or unknown
+    space = (_dimension(documents) if said else None) or own
     lengths = {"reranker": 1, "late-interaction": settings.token_dimension}
     student = Shape(
         kind=settings.kind,
@@ -98,6 +100,15 @@ def _refuse_shapes(recipe: Recipe, origin: Config) -> None:
         and (recipe.losses.compares_layers or reads_tokens(recipe.losses))
     ):
         raise SettingsError(OTHER_VOCABULARY)
+
+
+def _refuse_search(recipe: Recipe, space: int | None) -> None:
+    own = recipe.student.dimension
+    if recipe.searches and own and space and own != space:
+        raise SettingsError(
+            f"student.dimension is {own}, and a search ranks passages by vectors of `documents`, of {space} values: leave "
+            "student.dimension out, or set searches to false"
+        )
 
 
 def _judged(recipe: Recipe, origin: Config, documents: Config) -> LossesSettings:

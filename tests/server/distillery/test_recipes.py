@@ -375,6 +375,7 @@ def test_token_vectors_are_learned_in_the_rotated_space(tmp_path: Path, teacher:
 
 LISTED = "documents = 'minilm'\n[losses.listwise_kl]\nweight = 1.0\n"
 LAYERED = "documents = 'minilm'\n[losses.hidden_states]\nweight = 1.0\n"
+NARROW = "[student]\ndimension = 8\n"
 TOKENS = "documents = 'minilm'\n[losses.token_pooling]\nweight = 1.0\n"
 
 
@@ -386,6 +387,14 @@ TOKENS = "documents = 'minilm'\n[losses.token_pooling]\nweight = 1.0\n"
         ("[losses.cosine]\nweight = 1.0\n[training]\ntowers = 'query'\n", "cosine needs teacher_queries"),
         (LISTED + "[data.negatives]\ncount = 0\n", "listwise_kl compares candidates, and lists have 1"),
         (LISTED.replace("documents = 'minilm'\n", ""), "passages need vectors that stay"),
+        (
+            LISTED + NARROW,
+            "vectors have 8 values, and passages keep those of `documents`, which have 32: set student.dim",
+        ),
+        (LISTED + NARROW + "[training]\nranked = 'corpus'\n", "vectors have 8 values, and passages keep"),
+        (LISTED + NARROW + "[training]\ntowers = 'both'\n", ""),
+        (ALIGNED + NARROW, ""),
+        ("searches = true\n" + ALIGNED + NARROW, "student.dimension is 8, and a search ranks .* of 32 values"),
         (LISTED + "[training]\ntowers = 'both'\nranked = 'corpus'\n", "set training.towers to query"),
         (LAYERED.replace("documents = 'minilm'\n", ""), "with a bi-encoder's: name it as `documents`"),
         (LAYERED + "layer_map = [0, 9]\n", "hidden_states.layer_map"),
@@ -445,6 +454,12 @@ def test_files_of_a_teacher_say_what_it_is_without_its_weights(
     (own / "config.json").write_text(json.dumps(config | changes))
     with pytest.raises(SettingsError, match=words):
         refuse_early(chosen)
+
+
+def test_a_size_that_no_file_says_refuses_nothing(tmp_path: Path, teacher: Path, data: Path) -> None:
+    """Guards against a guessed length of vectors that another length is compared with."""
+    (own := shutil.copytree(teacher, tmp_path / "own") / "config.json").unlink()
+    refuse_early(recipe(LISTED + NARROW, own.parent, data, tmp_path))
 
 
 @pytest.mark.parametrize("name", sorted(NAMED))

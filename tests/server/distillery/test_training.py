@@ -372,6 +372,9 @@ def test_a_loss_without_its_signal_is_refused_before_training(folder: Path, bank
         Curriculum(losses=ALIGN, training=QUICK, bank=Bank(bank.lessons)).learn(tower(folder), tmp_path)
     with pytest.raises(DataError, match="vectors for"):
         Bank(bank.lessons, unit(3))
+    listed, other = LossesSettings.model_validate({"contrastive": {"weight": 1}}), unit(len(bank.lessons), 20)
+    with pytest.raises(SettingsError, match=r"have 32 values, and passages keep .* 20: set student.dimension to 20"):
+        Curriculum(losses=listed, training=QUICK, bank=Bank(bank.lessons, other)).learn(tower(folder), tmp_path)
 
 
 def test_rerankers_and_late_interaction_learn_their_teachers_order(folder: Path, bank: Bank, tmp_path: Path) -> None:

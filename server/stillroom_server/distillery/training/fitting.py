@@ -103,9 +103,21 @@ def fitted(
     )
     texts, lists = _signals(losses, training, student, given)
     composition.check(set(texts | lists))
+    _refuse_length(training, student, given, lists=bool(composition.needs - texts))
     if composition.needs - texts and given.candidates is None:
         raise SettingsError("the losses need lists of candidates, and the lessons have none: add data.sources")
     return composition, texts
+
+
+def _refuse_length(training: TrainingSettings, student: Shape, given: Given, *, lists: bool) -> None:
+    """Inner products with the passages' constants take vectors of their length; a projection is dropped after training."""
+    constant = student.embeds and training.towers == "query" and lists
+    if constant and student.dimension != given.dimension:
+        raise SettingsError(
+            f"the student's vectors have {student.dimension} values, and passages keep those of `documents`, which have "
+            f"{given.dimension}: set student.dimension to {given.dimension}, let `begins` name a teacher of as many values, or "
+            "set training.towers to both and ranked to listed"
+        )
 
 
 def _towers(student: Shape, teacher: Shape | None) -> tuple[tuple[int, int] | None, tuple[int, int] | None]:
