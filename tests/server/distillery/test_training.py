@@ -359,6 +359,24 @@ def test_interrupted_and_resumed_it_ends_with_the_same_weights(
     assert any(not torch.equal(value, weights(first)[name]) for name, value in weights(second).items())
 
 
+def test_interrupted_in_its_last_step_it_takes_no_other(folder: Path, bank: Bank, tmp_path: Path) -> None:
+    """Guards against a step beyond the last, which is looked for at the ends of steps and of whole epochs only."""
+    curriculum = Curriculum(losses=ALIGN, training=QUICK.model_copy(update={"epochs": 1.5}), bank=bank)
+
+    def interrupt(done: int, total: int) -> None:
+        if done == total:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    whole, second, steps = tower(folder), tower(folder), list[int]()
+    curriculum.learn(whole, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        curriculum.learn(tower(folder), tmp_path / "parts", progress=interrupt)
+    curriculum.learn(second, tmp_path / "parts", progress=lambda done, total: steps.append(done))
+    assert steps == [] and not second.training
+    for name, value in weights(whole).items():
+        assert torch.equal(value, weights(second)[name]), name
+
+
 def test_a_loss_without_its_signal_is_refused_before_training(folder: Path, bank: Bank, tmp_path: Path) -> None:
     """Guards against a run of hours that ends where the first list is read."""
     curriculum = Curriculum(

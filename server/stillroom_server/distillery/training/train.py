@@ -38,6 +38,7 @@ from sentence_transformers import (
 from torch import Tensor, nn
 from transformers import BertModel, PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import TensorBoardCallback
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from stillroom_server.distillery.lessons import Lessons
@@ -140,6 +141,10 @@ def train(
         trainer.add_callback(_curves(folder / "curves"))
     if newest is not None:
         composition.load_state_dict(torch.load(Path(newest, _LOSSES), weights_only=True))
+        if _finished(newest):  # the trainer would look whether it is only after one more step
+            trainer._load_from_checkpoint(newest)
+            student.train(False)
+            return
     with watcher.interruptible(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning, module="accelerate")
         trainer.train(resume_from_checkpoint=newest)
@@ -167,6 +172,12 @@ def _newest(checkpoints: Path) -> str | None:
     state.wait_for_everyone()
     newest: str | None = get_last_checkpoint(str(checkpoints))  # type: ignore[no-untyped-call]
     return newest
+
+
+def _finished(checkpoint: str) -> bool:
+    """Whether it was saved after the last step."""
+    state = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME)))
+    return bool(state.global_step >= state.max_steps)
 
 
 def _arguments(settings: TrainingSettings) -> dict[str, Any]:
