@@ -375,6 +375,7 @@ def test_token_vectors_are_learned_in_the_rotated_space(tmp_path: Path, teacher:
 
 LISTED = "documents = 'minilm'\n[losses.listwise_kl]\nweight = 1.0\n"
 LAYERED = "documents = 'minilm'\n[losses.hidden_states]\nweight = 1.0\n"
+CORPUS = "[training]\nranked = 'corpus'\n"
 NARROW = "[student]\ndimension = 8\n"
 TOKENS = "documents = 'minilm'\n[losses.token_pooling]\nweight = 1.0\n"
 
@@ -391,9 +392,15 @@ TOKENS = "documents = 'minilm'\n[losses.token_pooling]\nweight = 1.0\n"
             LISTED + NARROW,
             "vectors have 8 values, and passages keep those of `documents`, which have 32: set student.dim",
         ),
-        (LISTED + NARROW + "[training]\nranked = 'corpus'\n", "vectors have 8 values, and passages keep"),
+        (LISTED + NARROW + CORPUS, "vectors have 8 values, and passages keep"),
         (LISTED + NARROW + "[training]\ntowers = 'both'\n", ""),
         (ALIGNED + NARROW, ""),
+        (ALIGNED + CORPUS + "[losses.margin_mse]\nweight = 1.0\n", "corpus, and margin_mse takes the first passage"),
+        (
+            ALIGNED + CORPUS + "[losses.margin_hinge]\nweight = 1.0\n",
+            "margin_hinge takes the first .*: set it to listed",
+        ),
+        (ALIGNED + CORPUS + "[losses.soft_hard]\nweight = 1.0\n[losses.contrastive]\nweight = 1.0\n", ""),
         ("searches = true\n" + ALIGNED + NARROW, "student.dimension is 8, and a search ranks .* of 32 values"),
         (LISTED + "[training]\ntowers = 'both'\nranked = 'corpus'\n", "set training.towers to query"),
         (LAYERED.replace("documents = 'minilm'\n", ""), "with a bi-encoder's: name it as `documents`"),

@@ -16,6 +16,7 @@ MarginMSE leaves the student free to shift each query's scores; only differences
 | a further candidate with a grade above 0 | no negative for the hinge: counts 0, the mean still divides by all pairs |
 | position 0 is not relevant, another one is | margin_hinge: `DataError`; margin_mse takes any passage there |
 | all grades zero, or none | position 0 is the relevant one |
+| `ranked = corpus`, where position 0 is any passage | refused before training (`training/fitting.py`) |
 | scores apart by exactly m | 0, and gradient 0 |
 """
 

@@ -32,6 +32,8 @@ OTHER_VOCABULARY = (
     "student.vocabulary out, or name a teacher with the student's tokenizer"
 )
 _QUERY_TOKENS = frozenset({"teacher_tokens", "teacher_mask"})
+_BY_PLACE = frozenset({"margin_mse", "margin_hinge"})
+"""Losses to which position 0 of a list is the relevant passage; grades tell the others (`contrastive`, `soft_hard`)."""
 _PASSAGE_TOKENS = frozenset({"teacher_passage_tokens", "teacher_passage_mask"})
 
 
@@ -91,6 +93,11 @@ def fitted(
     layers, widths = _towers(student, given.layers) if losses.compares_layers else (None, None)
     # Over the whole corpus a list of one candidate is enough to know what is relevant.
     corpus = student.embeds and training.ranked == "corpus"
+    if corpus and (by_place := [name for name, _ in losses.active() if name in _BY_PLACE]):
+        raise SettingsError(
+            f"training.ranked is corpus, and {' and '.join(by_place)} takes the first passage for the relevant one: set it to "
+            "listed, or give listwise_kl or contrastive a weight instead"
+        )
     composition = compose(
         losses,
         student_dim=student.dimension,
