@@ -44,22 +44,27 @@ class Clock:
 
     Attributes:
         progress: 0 to 1.
+
+    >>> clock = Clock()
+    >>> clock.note({"cosine": torch.tensor(0.5), "margin_mse": torch.tensor(2.0)})
+    >>> clock.note({"cosine": torch.tensor(0.25)})  # of texts, which have no margins
+    >>> clock.means()
+    {'loss/cosine': 0.375, 'loss/margin_mse': 2.0}
     """
 
     progress: float = 0.0
-    _sums: dict[str, Tensor] = field(default_factory=dict)
-    _steps: int = 0
+    _noted: dict[str, tuple[Tensor, int]] = field(default_factory=dict)
 
     def note(self, parts: Mapping[str, Tensor]) -> None:
         """Add one batch's losses."""
-        self._steps += 1
         for name, value in parts.items():
-            self._sums[name] = self._sums.get(name, torch.zeros(())) + value.detach().float().cpu()
+            total, batches = self._noted.get(name, (torch.zeros(()), 0))
+            self._noted[name] = total + value.detach().float().cpu(), batches + 1
 
     def means(self) -> dict[str, float]:
-        """Mean losses since the last call."""
-        found = {f"loss/{name}": float(value) / max(self._steps, 1) for name, value in self._sums.items()}
-        self._sums, self._steps = {}, 0
+        """Mean losses since the last call, each over the batches that have it."""
+        found = {f"loss/{name}": float(total) / batches for name, (total, batches) in self._noted.items()}
+        self._noted = {}
         return found
 
 
