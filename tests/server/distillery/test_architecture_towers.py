@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import tomllib
 from pathlib import Path
 
@@ -174,6 +176,21 @@ def test_a_trial_learns_is_judged_on_the_way_and_can_be_stopped(
     assert np.isnan(shorter(STUDENT, stopped))  # type: ignore[arg-type]
     assert set(stopped.steps) == {4} and list(tmp_path.rglob("curves"))
     assert not list(tmp_path.rglob("checkpoint-*")), "nobody goes on from a trial that is over"
+
+
+def test_an_interrupt_of_a_trial_that_is_stopped_ends_the_search(
+    teacher: SentenceTransformer, bank: Bank, tmp_path: Path
+) -> None:
+    """Guards against a search that goes on to its next trial after Ctrl-C."""
+
+    class Interrupted(Told):
+        def __call__(self, step: int, value: float) -> bool:
+            os.kill(os.getpid(), signal.SIGINT)
+            return True
+
+    proxy = Alignment(teacher, bank, SETTINGS, TRAINING, tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        proxy(STUDENT, Interrupted())  # type: ignore[arg-type]
 
 
 def test_a_tower_is_found_and_written_as_a_recipe_takes_it(

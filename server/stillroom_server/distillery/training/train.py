@@ -317,5 +317,6 @@ class _Interruptible:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         if self._own:
             signal.signal(signal.SIGINT, self._before)
-        if kind is None and self._watcher.interrupted:
+        # An error that ends the run as well, such as one that stops it on purpose, would take the interrupt with it.
+        if self._watcher.interrupted and (kind is None or issubclass(kind, Exception)):
             raise KeyboardInterrupt
