@@ -88,12 +88,10 @@ class Workspace:
     def check(self, outputs: Mapping[str, Iterable[str]]) -> None:
         """Before the first stage: `SettingsError` where what a stage would write is there, and no stage has made it."""
         for name, own in outputs.items():
-            there = (
-                None if self._stamp(name) else next((path for path in map(self._inside, own) if path.exists()), None)
-            )
-            if there is not None:
+            there = [path for path in map(self._inside, own) if path.exists()]
+            if there and not self._stamp(name):
                 raise SettingsError(
-                    f"{there} is there, and no run is known to have made it: name another folder, or remove it"
+                    f"{there[0]} is there, and no run is known to have made it: name another folder, or remove it"
                 )
 
     def done(self, name: str, key: str) -> bool:

@@ -11,7 +11,6 @@ what another used.
 
 from __future__ import annotations
 
-import shutil
 import signal
 import threading
 import time
@@ -39,11 +38,11 @@ from torch import Tensor, nn
 from transformers import BertModel, PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import get_last_checkpoint
 
 from stillroom_server.distillery.lessons import Lessons
 from stillroom_server.distillery.losses.composition import Composition
 from stillroom_server.distillery.training.batches import LikeLengths, Reading, Unit
+from stillroom_server.distillery.training.checkpoints import newest_checkpoint
 from stillroom_server.distillery.training.objectives import Clock
 from stillroom_server.distillery.training.settings import TrainingSettings
 from stillroom_shared.errors import DataError
@@ -162,16 +161,16 @@ def _check_share(sizes: Sequence[int], batch_size: int) -> None:
 
 
 def _newest(checkpoints: Path) -> str | None:
-    """The newest whole checkpoint, or None; what a killed process left of others is removed, before any process reads."""
+    """The newest whole checkpoint, or None; one process removes the others before any reads."""
     state = processes()
     if state.is_main_process:
-        checkpoints.mkdir(parents=True, exist_ok=True)
-        for one in checkpoints.glob("checkpoint-*"):
-            if not (one / _LOSSES).exists():  # written last
-                shutil.rmtree(one)
+        newest_checkpoint(checkpoints, _whole)
     state.wait_for_everyone()
-    newest: str | None = get_last_checkpoint(str(checkpoints))  # type: ignore[no-untyped-call]
-    return newest
+    return newest_checkpoint(checkpoints, _whole)
+
+
+def _whole(checkpoint: Path) -> bool:
+    return (checkpoint / _LOSSES).exists()  # written last, at once
 
 
 def _finished(checkpoint: str) -> bool:
