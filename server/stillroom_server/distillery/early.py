@@ -19,6 +19,7 @@ from typing import Any
 
 from sentence_transformers.util import load_file_path
 
+from stillroom_server.distillery.losses.needs import scales
 from stillroom_server.distillery.losses.settings import AttentionMapsSettings, HiddenStatesSettings, LossesSettings
 from stillroom_server.distillery.recipe import TAUGHT, Recipe
 from stillroom_server.distillery.training.fitting import OTHER_VOCABULARY, Given, Shape, fitted, reads_tokens
@@ -36,6 +37,7 @@ def refuse_early(recipe: Recipe) -> None:
     )
     _refuse_shapes(recipe, origin)
     _refuse_search(recipe, _dimension(documents))
+    _refuse_targets(recipe, origin, documents)
     losses, settings = _judged(recipe, origin, documents), recipe.student
     if not any(losses.active()):
         return
@@ -65,11 +67,6 @@ def refuse_early(recipe: Recipe) -> None:
 
 def _refuse_towerless(recipe: Recipe) -> None:
     pruning, static = recipe.pruning, recipe.student.kind == "static"
-    if pruning.active and pruning.criterion == "taylor" and recipe.documents is None:
-        raise SettingsError(
-            "pruning.criterion is taylor, which needs a teacher's vectors: name their teacher as `documents`, or set it to "
-            "sensitivity"
-        )
     if static and recipe.training.quantized:
         raise SettingsError(
             "training.quantized simulates a tower's int8, and a static student has none: set it to false"
@@ -109,6 +106,30 @@ def _refuse_search(recipe: Recipe, space: int | None) -> None:
             f"student.dimension is {own}, and a search ranks passages by vectors of `documents`, of {space} values: leave "
             "student.dimension out, or set searches to false"
         )
+
+
+def _refuse_targets(recipe: Recipe, origin: Config, documents: Config) -> None:
+    """Of `taylor`: it compares what the student says with what a teacher said of the same texts."""
+    pruning, student = recipe.pruning, recipe.student
+    if pruning.criterion != "taylor" or not max(pruning.heads, pruning.neurons):
+        return
+    own, space = student.dimension or _dimension(origin), _dimension(documents)
+    told = sorted(scales(recipe.losses))
+    if student.kind == "late-interaction":
+        lacks = "vectors of texts or scores of pairs, and a late-interaction student has neither: choose another kind"
+    elif student.kind == "reranker" and not recipe.learns_scores:
+        lacks = "a teacher's scores, and no loss of this reranker reads any: give one a weight"
+    elif student.kind == "reranker" and len(told) > 1:
+        lacks = f"scores at one scale, and losses have student_scale {', '.join(f'{one:g}' for one in told)}: set them alike"
+    elif student.kind == "tower" and recipe.documents is None:
+        lacks = "a teacher's vectors: name their teacher as `documents`"
+    elif student.kind == "tower" and own and space and own != space:
+        lacks = (
+            f"vectors of one length, and the student's have {own} values, those of `documents` {space}: make them alike"
+        )
+    else:
+        return
+    raise SettingsError(f"pruning.criterion is taylor, which needs {lacks}, or set it to sensitivity")
 
 
 def _judged(recipe: Recipe, origin: Config, documents: Config) -> LossesSettings:

@@ -139,8 +139,7 @@ class Recipe(Group):
             return ()
         if self.searches:  # trials are ranked over all passages
             return ROLES
-        weighed = self.rotate or (self.pruning.active and self.pruning.criterion == "taylor")
-        return embedded_roles(self.losses, self.training, self.student.kind) or (("query",) if weighed else ())
+        return embedded_roles(self.losses, self.training, self.student.kind)
 
     @property
     def teaches_first(self) -> bool:

@@ -35,6 +35,7 @@ from stillroom_server.distillery.recipe import Recipe
 from stillroom_server.distillery.rotation import Rotation, document_tower, rotate_array, rotated_model, rotated_tokens
 from stillroom_server.distillery.scores import ScoreCache, score_lessons
 from stillroom_server.distillery.stages import IN_ONE_PROCESS, OUTPUTS, expected, planned, stage_keys
+from stillroom_server.distillery.students.importance import Texts
 from stillroom_server.distillery.students.iterate import prune_iteratively
 from stillroom_server.distillery.students.make import make_student
 from stillroom_server.distillery.students.settings import StudentSettings
@@ -313,13 +314,29 @@ class Run:
             self._learned(curriculum, pruned, folder, stage)
             return pruned
 
-        rows = self.lessons.rows("query")[: self.recipe.pruning.texts]
-        bank = self._curriculum.bank
-        targets = None if bank.vectors is None else np.asarray(bank.vectors[rows], np.float32)
-        pruned = prune_iteratively(
-            cast(Any, student), self.recipe.pruning, again, texts=self.lessons.texts(rows), targets=targets
-        )
+        texts, targets = self._measured()
+        pruned = prune_iteratively(cast(Any, student), self.recipe.pruning, again, texts=texts, targets=targets)
         return cast(Student, pruned)
+
+    def _measured(self) -> tuple[Texts, NDArray[np.float32] | None]:
+        """What a student reads while importance is measured, and what `taylor` compares its answers with.
+
+        Queries beside their vectors, (texts, dim); for a reranker the pairs of the first lists beside their scores, (pairs,),
+        as its losses read them.
+        """
+        lessons, bank, most = self.lessons, self._curriculum.bank, self.recipe.pruning.texts
+        taylor = self.recipe.pruning.criterion == "taylor"
+        if self.recipe.student.kind != "reranker":
+            rows = lessons.rows("query")[:most]
+            found = np.asarray(bank.vectors[rows], np.float32) if taylor and bank.vectors is not None else None
+            return lessons.texts(rows), found
+        first = slice(0, -(-most // lessons.candidates))
+        asked = np.repeat(lessons.queries[first], lessons.candidates)[:most]
+        pairs = list(zip(lessons.texts(asked), lessons.texts(lessons.passages[first].ravel()[:most]), strict=True))
+        if not taylor or bank.scores is None:
+            return pairs, None
+        [scale] = scales(self.recipe.losses)
+        return pairs, np.asarray(bank.scores[first], np.float32).ravel()[:most] / np.float32(scale)
 
     @cached_property
     def _faculty(self) -> Faculty:

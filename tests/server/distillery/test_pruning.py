@@ -291,6 +291,10 @@ def test_pruning_without_what_it_needs_is_refused(student: SentenceTransformer) 
         (lambda: importance(student, [], criterion="sensitivity"), "no texts"),
         (lambda: importance(student, TEXTS, criterion="taylor"), "measures against a teacher"),
         (lambda: importance(student, TEXTS, criterion="taylor", targets=np.zeros((1, 32), np.float32)), "1 targets"),
+        (
+            lambda: importance(student, TEXTS, criterion="taylor", targets=np.zeros((len(TEXTS), 16), np.float32)),
+            "the student says 32 values",
+        ),
     )
     for call, message in cases:
         with pytest.raises(DataError, match=message):

@@ -252,6 +252,25 @@ def test_processes_do_not_wait_for_a_stage_that_one_must_do(tmp_path: Path, teac
     assert (done / "model" / "reranker.json").exists()
 
 
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+def test_a_reranker_is_pruned_by_what_its_pairs_say(tmp_path: Path, teacher: Path, data: Path, scale: float) -> None:
+    """Guards against importance of pairs that is measured on queries alone, and a criterion that fails after training."""
+    text = (
+        "[student]\nkind = 'reranker'\n[data.negatives]\ncount = 2\n[pruning]\nneurons = 0.5\ncriterion = 'taylor'\n"
+        f"texts = 10\n[losses.margin_mse]\nweight = 1.0\nstudent_scale = {scale}\n"
+    )
+    run = Run(recipe(text, teacher, data, tmp_path), tmp_path / "out", tmp_path / "cache")
+    finished(run)
+    pairs, targets = run._measured()
+    found, scores = run.lessons, np.load(tmp_path / "out" / "scores.npy")
+    places = [divmod(pair, 3) for pair in range(10)]  # of three candidates a list
+    rows = [(found.queries[number], found.passages[number, place]) for number, place in places]
+    assert pairs == [tuple(found.texts(row)) for row in rows]
+    np.testing.assert_allclose(np.asarray(targets), [scores[place] / scale for place in places], rtol=1e-6)
+    student = load_student(tmp_path / "out" / "student", run.recipe)
+    assert isinstance(student, CrossEncoder) and bert_of(student).config.intermediate_size == 32
+
+
 ALIGNED = "documents = 'minilm'\n[data.negatives]\ncount = 3\n[losses.cosine]\nweight = 1.0\n"
 
 
@@ -378,6 +397,7 @@ LAYERED = "documents = 'minilm'\n[losses.hidden_states]\nweight = 1.0\n"
 CORPUS = "[training]\nranked = 'corpus'\n"
 NARROW = "[student]\ndimension = 8\n"
 TOKENS = "documents = 'minilm'\n[losses.token_pooling]\nweight = 1.0\n"
+TAYLOR = "[pruning]\nheads = 0.5\ncriterion = 'taylor'\n"
 
 
 @pytest.mark.parametrize(
@@ -418,11 +438,28 @@ TOKENS = "documents = 'minilm'\n[losses.token_pooling]\nweight = 1.0\n"
             "begins = 'late'\n[teachers.late]\nkind = 'late-interaction'\n" + ALIGNED,
             "begins from a bi-encoder, and 'late'",
         ),
-        (ALIGNED + "[pruning]\nheads = 0.5\ncriterion = 'taylor'\n", ""),
+        (ALIGNED + TAYLOR, ""),
         (
-            "[student]\nkind = 'reranker'\n[losses.margin_mse]\nweight = 1.0\n"
-            "[pruning]\nheads = 0.5\ncriterion = 'taylor'\n",
+            "[student]\nkind = 'reranker'\n[losses.margin_hinge]\nweight = 1.0\n" + TAYLOR,
+            "taylor, which needs a teacher's scores, and no loss of this reranker reads any",
+        ),
+        ("[student]\nkind = 'reranker'\n[losses.margin_mse]\nweight = 1.0\n" + TAYLOR, ""),
+        (
+            "[student]\nkind = 'reranker'\n[losses.margin_mse]\nweight = 1.0\n[losses.listwise_kl]\nweight = 1.0\n"
+            "student_scale = 20.0\n" + TAYLOR,
+            "taylor, which needs scores at one scale, and losses have student_scale 1, 20",
+        ),
+        (
+            "[student]\nkind = 'late-interaction'\ntoken_dimension = 8\n[losses.margin_mse]\nweight = 1.0\n" + TAYLOR,
+            "taylor, .* a late-interaction student has neither",
+        ),
+        (
+            "[training]\ntowers = 'both'\n[losses.margin_mse]\nweight = 1.0\n" + TAYLOR,
             "taylor, which needs a teacher's vectors",
+        ),
+        (
+            LISTED + "[training]\ntowers = 'both'\n[student]\ndimension = 16\n" + TAYLOR,
+            "the student's have 16 values, those of `documents` 32",
         ),
         (ALIGNED + "[student]\nkind = 'static'\n[pruning]\nneurons = 0.5\n", "a static student has none"),
         (ALIGNED + "[student]\nkind = 'static'\n[training]\nquantized = true\n", "a static student has none"),

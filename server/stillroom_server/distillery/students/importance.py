@@ -15,7 +15,7 @@ a neuron), separately for each text. What is asked is what happens when a gate c
 | case | what happens |
 |---|---|
 | padding | its gates' part is zero: pooling leaves it out, and no token attends to it |
-| targets that do not fit the texts, or none for `taylor` | `DataError` |
+| targets that do not fit the texts or what the student says of them, or none for `taylor` | `DataError` |
 | parameters that are frozen | count as any: only gates are differentiated |
 """
 
@@ -78,6 +78,11 @@ def importance(
             if criterion == "taylor":
                 assert targets is not None
                 wanted = torch.as_tensor(targets[start : start + _BATCH], device=output.device)
+                if wanted.numel() != output.numel():
+                    raise DataError(
+                        f"targets have shape {targets.shape}, and the student says {output.shape[1]} values of a text: give "
+                        "vectors as long as its own, or a score for each pair"
+                    )
                 loss, power = _distance(output, wanted.reshape(output.shape)), 1
             else:
                 flips = torch.randint(0, 2, output.shape, generator=signs) * 2 - 1

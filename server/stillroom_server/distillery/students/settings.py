@@ -78,12 +78,18 @@ class PruningSettings(Group):
         0.0, ge=0, lt=1, description="fraction of the single weights that becomes zero; smaller when packed, not faster"
     )
     criterion: Criterion = Field(
-        "sensitivity", description="`taylor` needs a teacher's vectors; `sensitivity` asks how far vectors would move"
+        "sensitivity",
+        description="`taylor` needs a teacher's vectors of the student's length, or a teacher's scores for a reranker; "
+        "`sensitivity` asks how far what the student says would move",
     )
     scope: Scope = Field(
         "layer", description="`layer` removes as much from each layer, `model` what matters least anywhere"
     )
-    texts: int = Field(512, ge=1, description="public texts on which importance is measured")
+    texts: int = Field(
+        512,
+        ge=1,
+        description="public queries, or pairs of query and passage for a reranker, that importance is measured on",
+    )
     steps: int = Field(1, ge=1, le=100, description="rounds of pruning, each followed by training")
     teacher: Literal["original", "pruned"] = Field(
         "original", description="who teaches after each step: the teacher, or the student as it was before the step"
