@@ -17,7 +17,7 @@ from stillroom_server.distillery.students.export import folded
 from stillroom_server.distillery.students.importance import importance, outputs
 from stillroom_server.distillery.students.iterate import prune_iteratively, prune_once
 from stillroom_server.distillery.students.magnitude import held, masks_of, prune_magnitude, sparsity
-from stillroom_server.distillery.students.pruning import Kept, choose, prune_structured, remove
+from stillroom_server.distillery.students.pruning import Counts, Kept, choose, counts_of, prune_structured, remove
 from stillroom_server.distillery.students.settings import PruningSettings
 from stillroom_server.distillery.students.shaped import ShapedBertModel, is_plain
 from stillroom_server.distillery.students.size import size_of
@@ -255,6 +255,24 @@ def test_pruning_in_steps_trains_after_each_and_hands_on_the_teacher(student: Se
     zeros = float((layers_of(bert_of(done))[0].output.dense.weight == 0).float().mean())
     assert zeros > 0.1, "what was pruned is zero again"
     assert seen[1][0] < seen[0][0] < size_of(student).feed_forward
+
+
+@pytest.mark.parametrize("scope", ["layer", "model"])
+@pytest.mark.parametrize("steps", [1, 3, 8])
+def test_steps_end_where_one_cut_does(student: SentenceTransformer, scope: str, steps: int) -> None:
+    """Guards against counts that are rounded at each step: many small steps would remove no head, and too few neurons."""
+    seen: list[Counts] = []
+
+    def train(pruned: SentenceTransformer, teacher: Model) -> SentenceTransformer:
+        seen.append(counts_of(pruned))
+        return pruned
+
+    settings = PruningSettings.model_validate({"heads": 0.25, "neurons": 0.3, "steps": steps, "scope": scope})
+    prune_iteratively(student, settings, train, texts=TEXTS)
+    for step, left in enumerate(seen, 1):
+        for own, fraction, count in ((left.heads, 0.25, 4), (left.neurons, 0.3, 64)):
+            part = (1 - fraction) ** (step / steps)
+            assert sum(own) == (2 * round(count * part) if scope == "layer" else round(2 * count * part)), step
 
 
 def test_a_release_refuses_what_devices_cannot_train(

@@ -1,6 +1,10 @@
 """Pruning in steps, with training in between: less is lost than by one cut of the same size.
 
-Each step removes the same fraction of what is left (the geometric schedule of Frankle and Carbin 2019, arXiv 1803.03635).
+Each step removes the same fraction of what is left (the geometric schedule of Frankle and Carbin 2019, arXiv 1803.03635):
+after step i of n a part (1 - f)^(i/n) is left. Heads and neurons are few, so they are counted from those that there were
+before the first step: the last step leaves what one cut would, however many steps there were. Single weights are many, and
+are counted from those that are left.
+
 After a step the student learns from its teacher again: from the original one, or from itself as it was before the step, a
 teacher assistant that is close enough to be imitated (Mirzadeh et al. 2020, arXiv 1902.03393). Who teaches is a setting,
 because neither always wins: close teachers are easier to follow, and pass on what they have lost.
@@ -16,7 +20,7 @@ from sentence_transformers import CrossEncoder, MultiVectorEncoder, SentenceTran
 
 from stillroom_server.distillery.students.importance import Texts
 from stillroom_server.distillery.students.magnitude import apply_masks, held, masks_of, prune_magnitude
-from stillroom_server.distillery.students.pruning import prune_structured
+from stillroom_server.distillery.students.pruning import Counts, counts_of, prune_structured
 from stillroom_server.distillery.students.settings import PruningSettings
 from stillroom_server.distillery.students.towers import AnyModel
 
@@ -42,11 +46,10 @@ def prune_iteratively(
     Returns:
         The student after the last training; pruned weights are zero in it.
     """
-    step = each_step(settings)
-    original = student if original is None else original
-    for _ in range(settings.steps):
+    original, begun = student if original is None else original, counts_of(student)
+    for number in range(1, settings.steps + 1):
         teacher = student if settings.teacher == "pruned" else original
-        pruned = prune_once(student, step, texts, targets)
+        pruned = prune_once(student, at_step(settings, number), texts, targets, begun=begun)
         masks = masks_of(pruned)
         with held(pruned, masks):
             student = train(pruned, teacher)
@@ -56,20 +59,31 @@ def prune_iteratively(
 
 
 def prune_once(
-    student: AnyModel, settings: PruningSettings, texts: Texts = (), targets: NDArray[np.float32] | None = None
+    student: AnyModel,
+    settings: PruningSettings,
+    texts: Texts = (),
+    targets: NDArray[np.float32] | None = None,
+    *,
+    begun: Counts | None = None,
 ) -> AnyModel:
-    """By structure first, then single weights of what is left; the given student is not changed."""
+    """By structure first, then single weights of what is left; the given student is not changed.
+
+    Args:
+        begun: heads and neurons that fractions are of (`prune_structured`).
+    """
     if settings.heads or settings.neurons:
-        student = prune_structured(student, settings, texts, targets)
+        student = prune_structured(student, settings, texts, targets, begun=begun)
     return prune_magnitude(student, settings.weights)
 
 
-def each_step(settings: PruningSettings) -> PruningSettings:
-    """What one of the steps removes, of what is left before it.
+def at_step(settings: PruningSettings, number: int) -> PruningSettings:
+    """One of the steps, from 1: fractions of all heads and neurons that are gone after it, of the weights left before it.
 
-    >>> each_step(PruningSettings(neurons=0.75, steps=2)).neurons
-    0.5
+    >>> settings = PruningSettings(neurons=0.75, weights=0.75, steps=2)
+    >>> [(step.neurons, step.weights) for step in (at_step(settings, 1), at_step(settings, 2))]
+    [(0.5, 0.5), (0.75, 0.5)]
     """
-    names = ("heads", "neurons", "weights")
-    fractions = {name: 1 - (1 - getattr(settings, name)) ** (1 / settings.steps) for name in names}
+    done, each = number / settings.steps, 1 / settings.steps
+    shares = {"heads": done, "neurons": done, "weights": each}
+    fractions = {name: 1 - (1 - getattr(settings, name)) ** share for name, share in shares.items()}
     return settings.model_copy(update={**fractions, "steps": 1})

@@ -17,6 +17,7 @@ different layers are of different size.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -27,14 +28,40 @@ from transformers import BertModel
 from stillroom_server.distillery.students.importance import Texts, importance
 from stillroom_server.distillery.students.settings import PruningSettings, Scope
 from stillroom_server.distillery.students.shaped import ShapedBertConfig, build
-from stillroom_server.distillery.students.towers import AnyModel, bert_of, layers_of, with_tower
+from stillroom_server.distillery.students.towers import AnyModel, Model, bert_of, layers_of, with_tower
 
 Kept = tuple[tuple[int, ...], ...]
 """Of each layer, the numbers of what is kept, ascending."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Counts:
+    """How many there are.
+
+    Attributes:
+        heads, neurons: of each layer.
+    """
+
+    heads: tuple[int, ...]
+    neurons: tuple[int, ...]
+
+
+def counts_of(student: Model) -> Counts:
+    """Those of a student's tower."""
+    layers = layers_of(bert_of(student))
+    return Counts(
+        heads=tuple(int(layer.attention.self.num_attention_heads) for layer in layers),
+        neurons=tuple(int(layer.output.dense.in_features) for layer in layers),
+    )
+
+
 def prune_structured(
-    student: AnyModel, settings: PruningSettings, texts: Texts, targets: NDArray[np.float32] | None = None
+    student: AnyModel,
+    settings: PruningSettings,
+    texts: Texts,
+    targets: NDArray[np.float32] | None = None,
+    *,
+    begun: Counts | None = None,
 ) -> AnyModel:
     """A smaller student; the given one is not changed.
 
@@ -42,6 +69,7 @@ def prune_structured(
         settings: `heads` and `neurons` are the fractions that go.
         texts: public texts to measure importance on; for a reranker, (query, passage). The first `settings.texts` count.
         targets: the teacher's vectors or scores of these texts, which the criterion "taylor" needs.
+        begun: what the fractions are of, where this is not the first step; None for what the student has.
 
     Raises:
         DataError: there are no texts, or targets that do not fit them.
@@ -49,30 +77,35 @@ def prune_structured(
     few = texts[: settings.texts]
     wanted = None if targets is None else targets[: settings.texts]
     found = importance(student, few, criterion=settings.criterion, targets=wanted, seed=settings.seed)
-    heads = choose(found.heads, settings.heads, settings.scope)
-    neurons = choose(found.neurons, settings.neurons, settings.scope)
+    begun = counts_of(student) if begun is None else begun
+    heads = choose(found.heads, settings.heads, settings.scope, begun.heads)
+    neurons = choose(found.neurons, settings.neurons, settings.scope, begun.neurons)
     return with_tower(student, remove(bert_of(student), heads, neurons))
 
 
-def choose(scores: Sequence[Tensor], fraction: float, scope: Scope) -> Kept:
-    """What is kept when the least important `fraction` goes.
+def choose(scores: Sequence[Tensor], fraction: float, scope: Scope, begun: Sequence[int] | None = None) -> Kept:
+    """What is kept when the least important `fraction` goes, of `begun` in each layer where some are gone already.
 
     >>> scores = [torch.tensor([4.0, 3.0, 2.0, 1.0]), torch.tensor([1.0, 0.0, 0.0, 0.0])]
     >>> choose(scores, 0.5, "layer")
     ((0, 1), (0, 1))
     >>> choose(scores, 0.5, "model")
     ((0, 1, 2), (0,))
+    >>> choose(scores, 0.5, "layer", begun=[6, 6])
+    ((0, 1, 2), (0, 1, 2))
     """
+    counts = [len(score) for score in scores] if begun is None else begun
     order = [torch.argsort(score, descending=True, stable=True).tolist() for score in scores]
     if scope == "layer":
-        return tuple(tuple(sorted(best[: max(1, round(len(best) * (1 - fraction)))])) for best in order)
+        left = [max(1, round(count * (1 - fraction))) for count in counts]
+        return tuple(tuple(sorted(best[:most])) for best, most in zip(order, left, strict=True))
     kept = [{best[0]} for best in order]
     rest = [
         (-float(score[number] / score.norm().clamp_min(torch.finfo(score.dtype).tiny)), layer, number)
         for layer, (score, best) in enumerate(zip(scores, order, strict=True))
         for number in best[1:]
     ]
-    wanted = round(sum(map(len, order)) * (1 - fraction)) - len(kept)
+    wanted = round(sum(counts) * (1 - fraction)) - len(kept)
     for _, layer, number in sorted(rest)[: max(0, wanted)]:
         kept[layer].add(number)
     return tuple(tuple(sorted(own)) for own in kept)
