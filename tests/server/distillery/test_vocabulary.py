@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from tokenizers import Tokenizer
 from transformers import BertTokenizer
 
 from stillroom_server.distillery.students.make import make_student
-from stillroom_server.distillery.students.settings import StudentSettings
+from stillroom_server.distillery.students.settings import Kind, StudentSettings
 from stillroom_server.distillery.students.towers import bert_of, first_of
 from stillroom_server.distillery.students.vocabulary import Trimmed, trim_vocabulary
 from stillroom_server.publish import write_tokenizer
@@ -126,6 +128,33 @@ def test_static_students_and_rerankers_are_trimmed_alike(model: SentenceTransfor
     pairs = [(SEEN[0], SEEN[1]), (SEEN[2], SEEN[1])]
     np.testing.assert_allclose(small.predict(pairs), scorer.predict(pairs), atol=1e-6)
     np.testing.assert_allclose(loaded.predict(pairs), scorer.predict(pairs), atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["tower", "late-interaction", "static"])
+def test_tokens_that_were_added_stay(model: SentenceTransformer, tmp_path: Path, kind: Kind) -> None:
+    """Guards against markers that are no word pieces: an unknown name, the row of another token, or none after loading."""
+    marked = copy.deepcopy(model)
+    before = len(marked.tokenizer)
+    assert (
+        marked.tokenizer.add_tokens(["zipfile.open"]) + marked.tokenizer.add_tokens(["[Q]"], special_tokens=True) == 2
+    )
+    bert_of(marked).resize_token_embeddings(before + 9)  # beyond the two, rows that no token names
+    student: Any = make_student(StudentSettings(kind=kind, layers=(0, 1), token_dimension=8, passage_tokens=40), marked)
+    smaller = trim_vocabulary(student, SEEN)
+    assert smaller.kept[-2:] == (before, before + 1) and 0 < smaller.covered <= 1
+    rows = [
+        sum(x.numel() for name, x in one.named_parameters() if "embedding" in name)
+        for one in (student, smaller.student)
+    ]
+    assert smaller.bytes_saved == 4 * (rows[0] - rows[1]) > 0
+    smaller.student.save_pretrained(str(tmp_path))
+    loaded = type(student)(str(tmp_path), device="cpu")
+    for text in [*SEEN, "[Q] open a zipfile.open river"]:
+        wanted = student.encode(text, convert_to_numpy=True)
+        for one in (smaller.student, loaded):
+            np.testing.assert_allclose(one.encode(text, convert_to_numpy=True), wanted, atol=2e-6)
+    backend = loaded.tokenizer if kind == "static" else loaded.tokenizer.backend_tokenizer
+    assert {"[Q]", "zipfile.open"} < set(backend.encode("[Q] zipfile.open").tokens), "the guard: they are read"
 
 
 def test_trimming_without_what_it_needs_is_refused(model: SentenceTransformer) -> None:

@@ -14,7 +14,8 @@ Guarantees:
 | a word has a character that is not of the alphabet | its tokens were kept, but a neighbour's may match further: may be [UNK] |
 | a word was [UNK] before | stays so |
 
-Token ids keep their order. Only WordPiece tokenizers are read, which all BERT towers have.
+Token ids keep their order. Tokens that were added beside the word pieces, as markers of late interaction are, are kept as
+special ones are: no word piece spells them. Only WordPiece tokenizers are read, which all BERT towers have.
 
 A release has one tokenizer for both towers (`Manifest`): trim both alike, or serve the student elsewhere.
 """
@@ -49,7 +50,7 @@ class Trimmed(Generic[AnyModel]):
     Attributes:
         student: a copy; the given one is not changed.
         kept: of each token of the new vocabulary, its old id, ascending.
-        bytes_saved: of float32 embeddings.
+        bytes_saved: of float32 embeddings, rows that no token named included.
         covered: fraction of the occurrences of tokens in the texts whose token was kept.
     """
 
@@ -81,11 +82,11 @@ def trim_vocabulary(student: AnyModel, texts: Sequence[str], *, size: int | None
     order = sorted(counts, key=lambda token: (-counts[token], token))
     often: list[int] = [token for token in order if token not in needed]
     kept = sorted({*needed, *often[:room]})
-    smaller, dimension = _sliced(student, kept, _renumbered(fields, kept))
+    smaller, (rows, dimension) = _sliced(student, kept, _renumbered(fields, kept))
     return Trimmed(
         student=smaller,
         kept=tuple(kept),
-        bytes_saved=4 * dimension * (len(fields["model"]["vocab"]) - len(kept)),
+        bytes_saved=4 * dimension * (rows - len(kept)),
         covered=sum(counts[token] for token in kept) / max(1, counts.total()),
     )
 
@@ -110,8 +111,13 @@ def _counts(fields: Mapping[str, Any], texts: Sequence[str]) -> Counter[int]:
     return counts
 
 
+def _ids(fields: Mapping[str, Any]) -> dict[str, int]:
+    """The id of every token: of word pieces, and of what was added, most often a part of them."""
+    return {**fields["model"]["vocab"], **{token["content"]: token["id"] for token in fields["added_tokens"]}}
+
+
 def _needed(fields: Mapping[str, Any]) -> set[int]:
-    """Ids of special tokens, of the alphabet, and of tokens that the alphabet cannot spell."""
+    """Ids of special and added tokens, of the alphabet, and of tokens that the alphabet cannot spell."""
     vocabulary: dict[str, int] = fields["model"]["vocab"]
     prefix: str = fields["model"]["continuing_subword_prefix"]
     starts = {token for token in vocabulary if len(token) == 1}
@@ -122,15 +128,16 @@ def _needed(fields: Mapping[str, Any]) -> set[int]:
         characters = token.removeprefix(prefix) if token.startswith(prefix) and token != prefix else token
         return len(characters) > 1 and set(characters) <= alphabet
 
-    return {number for token, number in vocabulary.items() if token in special or not spelled(token)}
+    return {number for token, number in _ids(fields).items() if token in special or not spelled(token)}
 
 
 def _renumbered(fields: Mapping[str, Any], kept: Collection[int]) -> dict[str, Any]:
     """The same tokenizer with the kept tokens only, wherever it names an id."""
     new = {old: number for number, old in enumerate(kept)}
     smaller: dict[str, Any] = copy.deepcopy(dict(fields))
-    vocabulary = {token: new[number] for token, number in fields["model"]["vocab"].items() if number in new}
-    smaller["model"]["vocab"] = dict(sorted(vocabulary.items(), key=lambda item: item[1]))
+    vocabulary = {token: new[number] for token, number in _ids(fields).items() if number in new}
+    pieces = {token: vocabulary[token] for token, number in fields["model"]["vocab"].items() if number in new}
+    smaller["model"]["vocab"] = dict(sorted(pieces.items(), key=lambda item: item[1]))
     for token in smaller["added_tokens"]:
         token["id"] = vocabulary[token["content"]]
     if padding := smaller.get("padding"):
@@ -144,21 +151,21 @@ def _renumbered(fields: Mapping[str, Any], kept: Collection[int]) -> dict[str, A
     return smaller
 
 
-def _sliced(student: AnyModel, kept: Sequence[int], fields: Mapping[str, Any]) -> tuple[AnyModel, int]:
-    """A copy with the rows of the kept tokens and the new tokenizer, and the length of a row."""
+def _sliced(student: AnyModel, kept: Sequence[int], fields: Mapping[str, Any]) -> tuple[AnyModel, torch.Size]:
+    """A copy with the rows of the kept tokens and the new tokenizer, and the shape of the whole table."""
     rows = torch.tensor(kept)
     if isinstance(student, SentenceTransformer) and isinstance(student[0], StaticEmbedding):
         table = student[0].embedding.weight
         first = StaticEmbedding(Tokenizer.from_str(json.dumps(fields)), embedding_weights=_rows(table, rows))
         first.embedding.weight.requires_grad_(table.requires_grad)
-        return copy.deepcopy(student, {id(student[0]): first}), table.shape[1]
+        return copy.deepcopy(student, {id(student[0]): first}), table.shape
     tower = bert_of(student)
     smaller = with_tower(student, _with_rows(tower, rows))
     with tempfile.TemporaryDirectory() as folder:
         student.tokenizer.save_pretrained(folder)
         (Path(folder) / TOKENIZER_NAME).write_text(json.dumps(fields), encoding="utf-8")
         first_of(smaller).processor = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    return smaller, tower.config.hidden_size
+    return smaller, tower.embeddings.word_embeddings.weight.shape
 
 
 def _with_rows(tower: BertModel, rows: Tensor) -> BertModel:
