@@ -17,11 +17,11 @@ from sentence_transformers.base.modules import Dense
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
 from stillroom_server.distillery.students.export import export_student, folded
-from stillroom_server.distillery.students.make import freeze_student, make_student
+from stillroom_server.distillery.students.make import make_student
 from stillroom_server.distillery.students.settings import StudentSettings
 from stillroom_server.distillery.students.size import size_of
 from stillroom_server.distillery.students.static import make_static, token_shares, token_vectors
-from stillroom_server.distillery.students.towers import Model, bert_of, first_of, leading_directions
+from stillroom_server.distillery.students.towers import Model, bert_of, first_of, freeze, leading_directions
 from stillroom_server.export import quantize
 from stillroom_shared.errors import ReleaseError, SettingsError
 from stillroom_shared.release import Release
@@ -152,10 +152,11 @@ def test_what_is_frozen_does_not_learn(made: dict[str, Model], teacher: Sentence
     learning = {name for name, parameter in bert_of(student).named_parameters() if parameter.requires_grad}
     assert learning and all(name.startswith(("encoder.layer.1", "pooler")) for name in learning)
     assert all(p.requires_grad for p in bert_of(made["random"]).parameters())
-    loaded = freeze_student(settings.model_copy(update={"freeze_layers": ()}), student)
-    assert any(p.requires_grad for p in bert_of(loaded).encoder.layer[0].parameters())
-    static = StudentSettings(kind="static", freeze_embeddings=False)
-    assert next(freeze_student(static, made["static"])[0].parameters()).requires_grad
+    again = freeze(bert_of(student), embeddings=True)
+    assert all(p.requires_grad for p in again.encoder.layer[0].parameters()), "said anew, not added"
+    assert all(p.requires_grad for name in ("static", "static of rank 8") for p in made[name].parameters()), (
+        "or nothing would"
+    )
 
 
 def test_narrow_embeddings_keep_what_they_can_of_the_teachers(

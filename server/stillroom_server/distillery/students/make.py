@@ -78,15 +78,6 @@ def _with_all_tokens(settings: StudentSettings, teacher: Model, texts: Sequence[
     return make_static(settings, teacher, texts) if settings.kind == "static" else _tower(settings, teacher)
 
 
-def freeze_student(settings: StudentSettings, student: Model) -> Model:
-    """The same student, learning only where the settings let it; to be called again after loading one."""
-    if settings.kind == "static":
-        student[0].requires_grad_(not settings.freeze_embeddings)
-    else:
-        freeze(bert_of(student), embeddings=settings.freeze_embeddings, layers=settings.freeze_layers)
-    return student
-
-
 def _bert(settings: StudentSettings, teacher: BertModel) -> BertModel:
     layers = settings.init == "layers"
     student = drop_layers(teacher, settings.layers) if layers else from_scratch(settings, teacher)

@@ -42,7 +42,11 @@ class StudentSettings(Group):
         None, ge=3, description="tokens of a text that are read; none: 32, or 256 of a pair for a reranker"
     )
     passage_tokens: int = Field(256, ge=3, description="late interaction: tokens of a passage that are read")
-    freeze_embeddings: bool = Field(True, description="leave the embeddings of tokens, positions and types as they are")
+    freeze_embeddings: bool = Field(
+        True,
+        description="leave the embeddings of tokens, positions and types as they are; a static student, which is nothing but "
+        "such a table, learns it whatever this says",
+    )
     freeze_layers: tuple[int, ...] = Field((), description="the student's own layers that do not learn")
     seed: int = Field(0, ge=0, description="seed of all that begins random")
 

@@ -14,6 +14,7 @@ The student is `[StaticEmbedding, (Dense,) Normalize]`, all of Sentence Transfor
 | [PAD], [UNK], [CLS], [SEP], [MASK] | zero rows, so that a mean over them changes no direction |
 | a text of such tokens only, or of none | the zero vector |
 | `rank` not below the teacher's dimension | the whole table and no `Dense` |
+| `freeze_embeddings`, `freeze_layers` | the table learns whatever they say: there is nothing else that could |
 | `dimension` below the teacher's | the leading components themselves: a space of the student's own |
 """
 
