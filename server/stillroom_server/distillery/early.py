@@ -71,8 +71,10 @@ def _refuse_towerless(recipe: Recipe) -> None:
         raise SettingsError(
             "training.quantized simulates a tower's int8, and a static student has none: set it to false"
         )
-    if static and max(pruning.heads, pruning.neurons) > 0:
-        raise SettingsError("pruning.heads and pruning.neurons: a static student has none, set them to 0")
+    if static and pruning.active:
+        raise SettingsError(
+            "pruning.heads, pruning.neurons and pruning.weights are of layers, and a static student has none: set them to 0"
+        )
 
 
 def _refuse_shapes(recipe: Recipe, origin: Config) -> None:

@@ -462,6 +462,7 @@ TAYLOR = "[pruning]\nheads = 0.5\ncriterion = 'taylor'\n"
             "the student's have 16 values, those of `documents` 32",
         ),
         (ALIGNED + "[student]\nkind = 'static'\n[pruning]\nneurons = 0.5\n", "a static student has none"),
+        (ALIGNED + "[student]\nkind = 'static'\n[pruning]\nweights = 0.5\n", "a static student has none"),
         (ALIGNED + "[student]\nkind = 'static'\n[training]\nquantized = true\n", "a static student has none"),
     ],
 )
