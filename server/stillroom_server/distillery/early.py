@@ -22,6 +22,7 @@ from sentence_transformers.util import load_file_path
 from stillroom_server.distillery.losses.needs import scales
 from stillroom_server.distillery.losses.settings import AttentionMapsSettings, HiddenStatesSettings, LossesSettings
 from stillroom_server.distillery.recipe import TAUGHT, Recipe
+from stillroom_server.distillery.students.towers import refuse_sizes
 from stillroom_server.distillery.training.fitting import OTHER_VOCABULARY, Given, Shape, fitted, reads_tokens
 from stillroom_server.teacher import folder_of
 from stillroom_shared.errors import SettingsError
@@ -93,6 +94,8 @@ def _refuse_shapes(recipe: Recipe, origin: Config) -> None:
     depth = origin["num_hidden_layers"]
     if student.init == "layers" and student.layers[-1] >= depth:
         raise SettingsError(f"student.layers {student.layers}: give ascending layer numbers from 0 to {depth - 1}")
+    # A configuration that leaves positions out has those of any BERT.
+    refuse_sizes(student, width=origin["hidden_size"], positions=origin.get("max_position_embeddings", 512))
     if (
         student.vocabulary is not None
         and student.vocabulary < origin["vocab_size"]

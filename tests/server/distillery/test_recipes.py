@@ -463,6 +463,15 @@ TAYLOR = "[pruning]\nheads = 0.5\ncriterion = 'taylor'\n"
         ),
         (ALIGNED + "[student]\nkind = 'static'\n[pruning]\nneurons = 0.5\n", "a static student has none"),
         (ALIGNED + "[student]\nkind = 'static'\n[pruning]\nweights = 0.5\n", "a static student has none"),
+        (ALIGNED + "[student]\ninit = 'scratch'\nwidth = 48\n", "width 48 is above the teacher's 32"),
+        (
+            ALIGNED + "[student]\ninit = 'scratch'\nwidth = 48\nembeddings = 'random'\nfreeze_embeddings = false\n",
+            "",
+        ),
+        (
+            "[student]\nkind = 'late-interaction'\ntoken_dimension = 33\n[losses.margin_mse]\nweight = 1.0\n",
+            "token_dimension 33 is above the tower's width 32",
+        ),
         (ALIGNED + "[student]\nkind = 'static'\n[training]\nquantized = true\n", "a static student has none"),
     ],
 )
@@ -481,7 +490,7 @@ def test_what_would_fail_when_the_student_is_trained_is_refused_first(
     assert not run.out.exists() and not run.cache.exists()
 
 
-@pytest.mark.parametrize("changed", ["roberta", "shallow", "wide"])
+@pytest.mark.parametrize("changed", ["roberta", "shallow", "wide", "short"])
 def test_files_of_a_teacher_say_what_it_is_without_its_weights(
     tmp_path: Path, teacher: Path, data: Path, changed: str
 ) -> None:
@@ -495,6 +504,7 @@ def test_files_of_a_teacher_say_what_it_is_without_its_weights(
         "roberta": ({"model_type": "roberta"}, "'minilm' is a roberta: students are made of BERT towers only"),
         "shallow": ({"num_hidden_layers": 0}, "student.layers"),
         "wide": ({"hidden_size": 8}, "give lengths below 8"),
+        "short": ({"max_position_embeddings": 15}, "tokens 16: the teacher knows 15 positions"),
     }[changed]
     (own / "config.json").write_text(json.dumps(config | changes))
     with pytest.raises(SettingsError, match=words):

@@ -38,6 +38,7 @@ from stillroom_server.distillery.students.towers import (
     freeze,
     from_scratch,
     leading_directions,
+    refuse_sizes,
     with_tower,
     without_dropout,
 )
@@ -79,10 +80,9 @@ def _with_all_tokens(settings: StudentSettings, teacher: Model, texts: Sequence[
 
 
 def _bert(settings: StudentSettings, teacher: BertModel) -> BertModel:
+    refuse_sizes(settings, width=teacher.config.hidden_size, positions=teacher.config.max_position_embeddings)
     layers = settings.init == "layers"
     student = drop_layers(teacher, settings.layers) if layers else from_scratch(settings, teacher)
-    if settings.text_tokens > (known := student.config.max_position_embeddings):
-        raise SettingsError(f"tokens {settings.text_tokens}: the teacher knows {known} positions, read at most as many")
     freeze(student, embeddings=settings.freeze_embeddings, layers=settings.freeze_layers)
     return without_dropout(student)
 
@@ -113,8 +113,6 @@ def _late_interaction(settings: StudentSettings, teacher: Model) -> MultiVectorE
     first.query_length, first.document_length = settings.text_tokens, settings.passage_tokens
     first.max_seq_length = max(settings.text_tokens, settings.passage_tokens)
     width, dimension = tower.config.hidden_size, settings.token_dimension
-    if dimension > width:
-        raise SettingsError(f"token_dimension {dimension} is above the tower's width {width}: choose at most as many")
     known = [module for module in teacher if isinstance(module, Dense)]
     if isinstance(teacher, MultiVectorEncoder) and known and known[0].in_features == width:
         weight = _narrowed(known[0].linear.weight, dimension)

@@ -14,6 +14,8 @@ target, and devices need dropout 0 for gradients of single records (DESIGN secti
 | layers that the teacher lacks, not ascending or none | `SettingsError` |
 | embeddings of the teacher, wider than the teacher's | `SettingsError`: begin random |
 | as wide as the teacher's | copied as they are |
+| more tokens than the teacher has positions | `SettingsError` |
+| vectors of tokens that are longer than the tower is wide | `SettingsError` |
 """
 
 from __future__ import annotations
@@ -81,6 +83,24 @@ def with_tower(model: AnyModel, tower: BertModel) -> AnyModel:
     return student
 
 
+def refuse_sizes(settings: StudentSettings, *, width: int, positions: int) -> None:
+    """Raises `SettingsError` for a student that a BERT of this width, with so many positions, cannot begin."""
+    scratch = settings.init == "scratch"
+    if scratch and settings.embeddings == "teacher" and settings.width > width:
+        raise SettingsError(
+            f"width {settings.width} is above the teacher's {width}: set embeddings to random, or be narrower"
+        )
+    if settings.text_tokens > positions:
+        raise SettingsError(
+            f"tokens {settings.text_tokens}: the teacher knows {positions} positions, read at most as many"
+        )
+    own = settings.width if scratch else width
+    if settings.kind == "late-interaction" and settings.token_dimension > own:
+        raise SettingsError(
+            f"token_dimension {settings.token_dimension} is above the tower's width {own}: choose at most as many"
+        )
+
+
 def drop_layers(tower: BertModel, layers: Sequence[int]) -> BertModel:
     """A copy of a tower with only these layers. Raises `SettingsError` for layers that it does not have."""
     depth = tower.config.num_hidden_layers
@@ -117,8 +137,6 @@ def from_scratch(settings: StudentSettings, teacher: BertModel) -> BertModel:
 @torch.no_grad()
 def _copy_embeddings(student: BertModel, teacher: BertModel) -> None:
     width, wide = student.config.hidden_size, teacher.config.hidden_size
-    if width > wide:
-        raise SettingsError(f"width {width} is above the teacher's {wide}: set embeddings to random, or be narrower")
     basis = None if width == wide else leading_directions(teacher.embeddings.word_embeddings.weight, width)
     for name in _TABLES:
         table = teacher.embeddings.get_parameter(f"{name}.weight")
