@@ -32,7 +32,14 @@ from stillroom_server.distillery.faculty import Faculty
 from stillroom_server.distillery.lessons import ROLES, Lessons
 from stillroom_server.distillery.losses.needs import scales
 from stillroom_server.distillery.recipe import Recipe
-from stillroom_server.distillery.rotation import Rotation, document_tower, rotate_array, rotated_model, rotated_tokens
+from stillroom_server.distillery.rotation import (
+    Rotation,
+    document_tower,
+    least_ranked,
+    rotate_array,
+    rotated_model,
+    rotated_tokens,
+)
 from stillroom_server.distillery.scores import ScoreCache, score_lessons
 from stillroom_server.distillery.stages import IN_ONE_PROCESS, OUTPUTS, expected, planned, stage_keys
 from stillroom_server.distillery.students.importance import Texts
@@ -286,6 +293,14 @@ class Run:
         """Of squared length, by the first values that hold it."""
         return self._rotation.shares([*_TOLD, *self.recipe.losses.matryoshka.dims])
 
+    @property
+    def _unranked(self) -> str:
+        """That a rotation stayed at principal directions, where it was to come to rank."""
+        values, texts = len(self._rotation.lengths), len(self.lessons.rows_of(*self.recipe.embedded))
+        asked = min((values, *self.recipe.losses.matryoshka.dims)) < values
+        few = asked and texts < least_ranked(values)
+        return f"principal directions: {least_ranked(values)} texts could be ranked, {texts} cannot" if few else ""
+
     def _seeded(self, settings: StudentSettings) -> StudentSettings:
         return settings.model_copy(update={"seed": settings.seed + self.recipe.seed})
 
@@ -357,7 +372,7 @@ class Run:
             return f"{len(found):,} texts, {found.lists:,} lists of {found.candidates}"
         if name == "rotate":
             held = ", ".join(f"{share:.0%} in {count}" for count, share in self._shares.items())
-            return f"squared length: {held}" if held else ""
+            return "; ".join(filter(None, (f"squared length: {held}" if held else "", self._unranked)))
         return ""
 
 

@@ -16,10 +16,12 @@ from safetensors.torch import load_file, save_file
 from sentence_transformers import CrossEncoder, SentenceTransformer
 from tests.server.distillery.learners import WORDS, in_two_processes, lessons
 
+from stillroom_server.distillery import rotation
 from stillroom_server.distillery.early import refuse_early
 from stillroom_server.distillery.lessons import Lessons
 from stillroom_server.distillery.losses.settings import LossesSettings
 from stillroom_server.distillery.recipe import Recipe, load_recipe, manual, ready
+from stillroom_server.distillery.rotation import Rotation
 from stillroom_server.distillery.run import Run, load_student
 from stillroom_server.distillery.stages import STAGES, expected, planned, stage_keys
 from stillroom_server.distillery.students.towers import bert_of
@@ -346,6 +348,21 @@ def test_a_rotated_space_has_a_document_tower_of_its_own(tmp_path: Path, teacher
     queries = run.lessons.rows("query")
     cosines = np.einsum("nd,nd->n", student.encode(run.lessons.texts(queries)), rotated[queries])
     assert cosines.mean() > 0.9, "the student lies in the rotated space"
+
+
+@pytest.mark.parametrize("least", [1, 2])
+def test_a_rotation_of_too_few_texts_says_that_they_were_not_ranked(
+    tmp_path: Path, teacher: Path, data: Path, monkeypatch: pytest.MonkeyPatch, least: int
+) -> None:
+    """Guards against directions that were to rank, and silently do not."""
+    monkeypatch.setattr(rotation, "_LEAST_RANKED", least)
+    chosen = recipe("rotate = true\n" + ALIGNED + "[losses.matryoshka]\ndims = [8]\n", teacher, data, tmp_path)
+    run, console = Run(chosen, tmp_path / "out", tmp_path / "cache"), Console(record=True, width=160)
+    run.all_stages(Progress({name: STAGES[name] for name in planned(chosen)}, console=console), last="rotate")
+    said = console.export_text()
+    assert ("principal directions: 64 texts could be ranked, 40 cannot" in said) == (least == 2)
+    plain = Rotation.of(np.load(tmp_path / "out" / "vectors.npy")).directions
+    assert np.array_equal(Rotation.open(tmp_path / "out" / "rotation.npz").directions, plain) == (least == 2)
 
 
 def test_only_what_depends_on_the_rotation_is_made_again(tmp_path: Path, teacher: Path, data: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -122,6 +123,31 @@ def test_first_values_come_to_rank_as_all_do_without_moving_whole_vectors() -> N
     again = plain.ranked(vectors, [4, 8])
     np.testing.assert_array_equal(again.directions, ranked.directions)
     assert plain.ranked(vectors, [DIM]) is plain and plain.ranked(vectors[:2], [8]) is plain
+
+
+def test_only_texts_that_have_a_vector_are_drawn_to_be_ranked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a sample of passages that nobody embedded, of which too few texts are left, without a word."""
+    seen: list[NDArray[np.float32]] = []
+    turned = module._ranking_directions
+
+    def kept(start: NDArray[np.float64], texts: torch.Tensor, *rest: Any) -> NDArray[np.float64]:
+        seen.append(texts.numpy())
+        return turned(start, texts, *rest)
+
+    monkeypatch.setattr(module, "_ranking_directions", kept)
+    monkeypatch.setattr(module, "_RANKED", 40)
+    vectors = narrow(400)
+    plain = Rotation.of(vectors)
+    plain.ranked(vectors, [8], seed=3)
+    random = np.random.default_rng(3)
+    drawn = np.sort(random.permutation(400)[:40])
+    np.testing.assert_array_equal(seen[-1], random.permutation(vectors[drawn]), "all have one: the plain draw")
+    few = np.where(np.arange(400)[:, None] % 4 == 0, vectors, np.nan)
+    plain.ranked(few, [8])
+    assert seen[-1].shape == (40, DIM) and np.isfinite(seen[-1]).all()
+    assert {row.tobytes() for row in seen[-1]} <= {row.tobytes() for row in vectors[::4]}
+    assert plain.ranked(few[: 4 * DIM - 4], [8]) is plain, "one text less than values"
+    assert plain.ranked(few[: 4 * DIM], [8]) is not plain
 
 
 def test_an_array_is_rotated_block_by_block_as_a_whole(tmp_path: Path) -> None:
