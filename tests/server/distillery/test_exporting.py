@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,8 +20,11 @@ from typer.testing import CliRunner
 from stillroom_client.encoder import OnnxTower
 from stillroom_client.rerank import PairScorer
 from stillroom_server.distillery.cli import register
-from stillroom_server.distillery.exporting import export_named
-from stillroom_shared.errors import ReleaseError, SettingsError
+from stillroom_server.distillery.compress.quantize import CompressSettings
+from stillroom_server.distillery.exporting import export_model, export_named
+from stillroom_server.distillery.students.make import make_student
+from stillroom_server.distillery.students.settings import StudentSettings
+from stillroom_shared.errors import DataError, ReleaseError, SettingsError
 from stillroom_shared.release import ONNX_FILES
 
 LONG = "given the list of members of a zip file " * 9
@@ -55,6 +59,20 @@ def test_the_command_writes_what_the_model_computes(saved: dict[str, str], tmp_p
     found = PairScorer(words, onnx, int(scorer.max_seq_length or 0)).logits("open a zip", [LONG])[0]
     truth = scorer.predict([("open a zip", LONG)])[0]
     assert 1 / (1 + np.exp(-found)) == pytest.approx(truth, abs=1e-5)
+
+
+def test_a_static_table_is_compared_on_texts_of_words_that_it_knows(saved: dict[str, str], tmp_path: Path) -> None:
+    """Guards against a mean cosine of NaN, which no JSON file can say, by one text whose vector is zero."""
+    student: Any = make_student(StudentSettings(kind="static"), SentenceTransformer(saved["bi-encoder"], device="cpu"))
+    assert not student.encode("漢").any(), "the guard: it is zero"
+    found = export_model(student, tmp_path / "some", CompressSettings(), ["open a zip", "漢", "river"])
+    assert found["texts"] == 2 and 0.9 < found["cosine_least"] <= found["cosine_mean"] < 1 + 1e-6
+    with pytest.raises(DataError, match=r"all 1 texts .* have the zero vector"):
+        export_model(student, tmp_path / "none", CompressSettings(), ["漢"])
+    with torch.no_grad():
+        student[0].embedding.weight[:, 0] = torch.nan
+    with pytest.raises(DataError, match="not finite"):
+        export_model(student, tmp_path / "broken", CompressSettings(), ["open a zip"])
 
 
 def test_a_transformer_that_is_no_bert(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:

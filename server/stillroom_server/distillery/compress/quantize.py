@@ -64,7 +64,7 @@ class Compressed:
 
     Attributes:
         bytes_before, bytes_after: sizes of the float32 file and of the one made of it.
-        texts: texts that both encoded, one at a time.
+        texts: texts that both encoded, one at a time; those that both give the zero vector are not among them.
         cosine_mean, cosine_least: of the mean-pooled vectors of both files.
     """
 
@@ -92,7 +92,8 @@ def compress(
         probes: texts to compare on, not among those it was calibrated on.
 
     Raises:
-        DataError: there are no probes, or no calibration texts where they are needed.
+        DataError: there are no probes, none that the tower says anything of, or no calibration texts where they are needed;
+            values are not finite.
     """
     if not probes:
         raise DataError("there are no texts to compare the quantized tower on: give some public ones")
@@ -108,7 +109,16 @@ def compress(
         case "int4":
             _int4(source, target, settings)
     before, after = (_vectors(path, feeds(tokenizer, probes)) for path in (source, target))
-    cosines = (before * after).sum(axis=1)
+    said = before.any(axis=1) | after.any(axis=1)  # a static table says nothing of words that it does not know
+    if not said.any():
+        raise DataError(
+            f"all {len(probes)} texts to compare the quantized tower on have the zero vector: give some of words that it knows"
+        )
+    cosines = (before * after).sum(axis=1)[said]
+    if not np.isfinite(cosines).all():
+        raise DataError(
+            "the tower, or what was made of it, gives values that are not finite: train it again, or otherwise"
+        )
     return Compressed(
         bytes_before=source.stat().st_size,
         bytes_after=target.stat().st_size,
@@ -191,11 +201,13 @@ class _Reader(CalibrationDataReader):  # type: ignore[misc]  # ONNX Runtime is p
 
 
 def _vectors(path: Path, texts: Iterator[Feed]) -> NDArray[np.float32]:
-    """Mean of the last hidden states of each text, normalized, (texts, dim)."""
+    """Mean of the last hidden states of each text, normalized, (texts, dim); zero where it is zero."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     [output] = session.get_outputs()
     means = np.stack([session.run([output.name], feed)[0][0].mean(axis=0) for feed in texts])
-    normalized: NDArray[np.float32] = means / np.linalg.norm(means, axis=1, keepdims=True)
+    lengths = np.linalg.norm(means, axis=1, keepdims=True)
+    lengths[lengths == 0] = 1
+    normalized: NDArray[np.float32] = means / lengths
     return normalized
