@@ -6,8 +6,8 @@
     .../untrained                              its student before training
     .../measured/FAMILY.NAME/SET.json          scores and milliseconds of each query, and bytes
 
-What is measured stays while the files of its models, the queries and the way of measuring do. Systems of one data set are
-timed in turns, in one process. Roles of systems are `ROLE HOW`:
+What is measured stays while the files of its models, the queries, the way of measuring, the machine and its packages do.
+Systems of one data set are timed in turns, in one process. Roles of systems are `ROLE HOW`:
 
 | role | is |
 |---|---|
@@ -41,6 +41,7 @@ from stillroom_shared.corpus import Corpus
 from stillroom_shared.progress import Progress
 from stillroom_shared.scales import FIRST_SHARE
 from stillroom_shared.workspace import Workspace, content_key, key_of
+from stillroom_simulations.benchmark_file import machine, versions
 from stillroom_simulations.distill_bench.arms import Arm, Public, Studies
 from stillroom_simulations.evaluating.run import Choices, evaluate_models, queries_of
 from stillroom_simulations.evaluating.values import OnSet
@@ -101,7 +102,8 @@ class Bench:
             if corpus.name in arm.sets:
                 corpus = _fewer(corpus, arm.settings.most)
                 systems, file = made.systems(), f"{corpus.name}.json"
-                way = [self.timed, arm.settings.first, arm.settings.top]
+                # Milliseconds are of a machine, and scores and milliseconds of the packages that were run.
+                way = [self.timed, arm.settings.first, arm.settings.top, machine(1), versions()]
                 key = key_of(systems, made.identity, corpus.content_hash, way)
                 work = partial(self._measure, arm, systems, corpus, space.folder / file)
                 space.stage(corpus.name, key, [file], work)

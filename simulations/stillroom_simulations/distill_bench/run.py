@@ -17,6 +17,7 @@ from stillroom_server.distillery.recipe import Recipe
 from stillroom_server.teacher import OFFLINE, load_teacher
 from stillroom_shared.beir import load_beir
 from stillroom_shared.errors import SettingsError
+from stillroom_shared.scales import FIRST_SHARE
 from stillroom_shared.workspace import key_of
 from stillroom_simulations.distill_bench.arms import (
     FAMILIES,
@@ -123,7 +124,10 @@ def _digests(bench: Bench, asked: Asked) -> dict[str, dict[str, str]]:
         except SettingsError:  # of a family that is not asked for: a set is missing, or changes do not fit
             continue
         taught = [_taught(bench, name) for name in {made[0].maker.taught} if name]
-        found.setdefault(settings.family, {})[settings.name] = key_of([arm.digest for arm in made], taught, own)
+        shares = [FIRST_SHARE] if made[0].recipe.student.kind == "reranker" else []
+        found.setdefault(settings.family, {})[settings.name] = key_of(
+            [arm.digest for arm in made], taught, own, *shares
+        )
     return found
 
 

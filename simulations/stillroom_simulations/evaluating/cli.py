@@ -74,6 +74,8 @@ def evaluate(
         choices = replace(choices, first_share=first_share)
     if out is not None and not out.parent.is_dir():  # before an hour of work, not after
         raise SettingsError(f"--out {out}: there is no folder {out.parent}")
+    if out is not None and out.is_dir():
+        raise SettingsError(f"--out {out} is a folder: name a file in it")
     watched = Console(stderr=True, highlight=False)
     found = evaluate_models(models, _corpora(data, watched), choices, console=watched)
     text = json.dumps(found.to_json(), indent=1)

@@ -92,5 +92,5 @@ def _read(path: Path) -> list[Array] | None:
     try:
         with np.load(path, allow_pickle=False) as stored:
             return np.split(stored["flat"], np.cumsum(stored["lengths"])[:-1])
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):  # EOFError: of a file without a byte
         return None

@@ -138,7 +138,7 @@ def _as_a_device(model: OnnxModel) -> Callable[[str], Vectors] | None:
         if static and not tower.tokens(text):  # the mean of no rows
             return nothing
         mean: Vectors = tower.mean(text)
-        return unit(mean[None])[0] if normalized else mean
+        return (unit(mean[None])[0] if normalized else mean)[: own.truncate_dim]
 
     return vector
 

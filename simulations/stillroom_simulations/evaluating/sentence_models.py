@@ -182,6 +182,8 @@ def _identity(model: BaseModel) -> str:
     """
     parts = [type(model).__name__, repr(model), json.dumps(model.prompts, sort_keys=True)]
     parts.append(str(getattr(model, "default_prompt_name", None)))
+    if cut := getattr(model, "truncate_dim", None):  # saved with the model, and no part of any module
+        parts.append(f"cut to {cut}")
     for part in model.modules():
         stated: Any = getattr(part, "get_config_dict", dict)
         parts.append(json.dumps(stated(), sort_keys=True, default=str))

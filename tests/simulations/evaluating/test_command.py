@@ -184,6 +184,7 @@ def test_the_command_says_what_is_wrong(data: Path, tmp_path: Path) -> None:
         (["bm25", "--data", str(data), "--split", "valid"], "--split 'valid' is unknown: choose train, dev, test"),
         (["bm25", "--data", str(tmp_path / "none")], "is not a folder"),
         (["bm25", "--data", str(data), "--out", str(tmp_path / "a" / "b.json")], "there is no folder"),
+        (["bm25", "--data", str(data), "--out", str(tmp_path)], "is a folder: name a file in it"),
         (["bm25", "--data", str(data), "--data", str(data)], "data sets of different names"),
     ):
         done = invoke(*words)

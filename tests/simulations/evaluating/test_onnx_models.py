@@ -72,6 +72,18 @@ def test_vectors_of_a_file_are_those_of_its_model(written: dict[str, Path], name
     assert np.abs(int8 - truth).max() > 1e-4, "the guard: and it is another file"
 
 
+@pytest.mark.parametrize("name", ["tower", "table"])
+def test_vectors_that_a_model_cuts_are_cut(written: dict[str, Path], tmp_path: Path, name: str) -> None:
+    """A model that was saved with short vectors, measured with long ones, is another model."""
+    folder = tmp_path / "cut"
+    shutil.copytree(written[name], folder)
+    said = folder / "config_sentence_transformers.json"
+    said.write_text(json.dumps({**json.loads(said.read_text()), "truncate_dim": 8}))
+    truth, found = (embedded(folder, one, "passage") for one in (None, "float32"))
+    assert truth.shape[1] == 8
+    np.testing.assert_allclose(found, truth, atol=2e-5)
+
+
 def test_rankings_equal_those_of_torch(data: Path, written: dict[str, Path]) -> None:
     """A file that is named and torch that is measured would agree in everything but speed and bytes."""
     folders = [written[name] for name in ("tower", "table", "late", "cross")]

@@ -35,7 +35,9 @@ def model_identity(model: nn.Module) -> str:
 
 
 def _described(model: nn.Module) -> Iterator[Any]:
-    """Of each module of the pipeline: type, settings, tokenizer."""
+    """Of the whole where its vectors are cut; of each module of the pipeline: type, settings, tokenizer."""
+    if cut := getattr(model, "truncate_dim", None):
+        yield ["truncate_dim", cut]
     for name, module in model.named_modules():
         kind = [name, type(module).__name__]
         if hasattr(module, "get_config_dict"):
