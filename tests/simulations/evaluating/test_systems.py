@@ -227,8 +227,8 @@ def test_what_was_embedded_is_kept_by_content(data: Path, bi: Path, tmp_path: Pa
     store.arrays(tower.identity, [*texts[:5], "changed", *texts[6:]], counted, shard=5)
     store.arrays(f"another {tower.identity}", texts[:5], counted, shard=5)
     assert calls == [5, 5, 2, 5, 5]
-    for path in tmp_path.glob("*.npz"):
-        path.write_bytes(path.read_bytes()[:50])
+    for number, path in enumerate(tmp_path.glob("*.npz")):
+        path.write_bytes(path.read_bytes()[: 50 * (number % 2)])
     mended = store.arrays(tower.identity, texts, counted, shard=5)
     assert calls[5:] == [5, 5, 2] and all(np.array_equal(a, b) for a, b in zip(first, mended, strict=True))
 
