@@ -15,7 +15,7 @@ from sentence_transformers.util import mine_hard_negatives, pairwise_dot_score
 from tests.hashed_words import HashedWords, SharedWords
 
 from stillroom_server.distillery.data import candidates, vectors
-from stillroom_server.distillery.data.candidates import Dense, Judged, Lexical
+from stillroom_server.distillery.data.candidates import Dense, Judged, Lexical, Mixed, ranked
 from stillroom_server.distillery.data.negatives import Mined, mine
 from stillroom_server.distillery.data.roundtrip import ranks
 from stillroom_server.distillery.data.settings import NegativeSettings, RoundTripSettings
@@ -312,6 +312,28 @@ def test_a_teacher_without_vectors_scores_what_words_find(lessons: Lessons, tmp_
     assert all(words & set(text.split()) for text in best)
     rank = ranks(teacher, finder, lessons, judged, RoundTripSettings(top=5, candidates=30), tmp_path)
     assert (rank <= 5).any() and (rank > 5).any()
+
+
+def test_vectors_and_words_find_half_of_the_candidates_each(lessons: Lessons, dense: Dense, tmp_path: Path) -> None:
+    """Lists of one teacher's candidates alone hide what it would rank wrongly of the other's."""
+    lexical = Lexical(lessons, tmp_path / "words")
+    finder, judged, truth = Mixed.of(dense, lexical), Judged.of(lessons), products(lessons)
+    found = {one.query: one for one in ranked(dense.embedder, finder, lessons, judged, 31, tmp_path)}
+    other = 0
+    for query, one in found.items():
+        halves = [
+            {*map(int, search.find(np.array([query]), count)[0])} for search, count in ((dense, 16), (lexical, 15))
+        ]
+        assert {*one.candidates.tolist()} == halves[0] | halves[1] and len({*one.candidates.tolist()}) == len(
+            one.candidates
+        )
+        other += len(halves[1] - halves[0])
+        scores = [truth[query][row] for row in one.candidates.tolist()]
+        np.testing.assert_allclose(one.scores, scores, atol=1e-6)
+        assert (np.diff(one.scores) <= 0).all()
+    assert other > 3 * len(found), "the guard: words find others"
+    alone = {one.query: one for one in ranked(dense.embedder, dense, lessons, judged, 31, tmp_path)}
+    assert any({*one.candidates.tolist()} != {*alone[query].candidates.tolist()} for query, one in found.items())
 
 
 def test_without_a_teacher_words_rank_and_no_margin_is_claimed(lessons: Lessons, tmp_path: Path) -> None:

@@ -212,6 +212,19 @@ def test_what_needs_a_teacher_says_so(zoo: Path, tmp_path: Path) -> None:
     assert alone.candidates == 1 and alone.lists == 32
 
 
+def test_words_find_negatives_beside_the_teacher(zoo: Path, tmp_path: Path) -> None:
+    """A setting that is read and forgotten."""
+    alone, both = (
+        prepare_lessons(
+            settings_of(zoo, negatives={"count": 3, "last": 30, "words": words}),
+            tmp_path / str(words),
+            teacher=HashedWords(),
+        )
+        for words in (False, True)
+    )
+    assert (alone.passages[:, 0] == both.passages[:, 0]).all() and (alone.passages != both.passages).any()
+
+
 def test_passages_alone_make_texts_without_lists(zoo: Path, tmp_path: Path) -> None:
     """Alignment needs no list, and a corpus without queries is no mistake."""
     settings = settings_of(zoo, sources=[{"kind": "beir", "data": str(zoo), "use": "passages"}])

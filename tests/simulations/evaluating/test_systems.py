@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -261,7 +261,7 @@ def test_an_identity_knows_all_that_changes_a_vector(
     with torch.no_grad():
         next(iter(model.parameters())).add_(1e-4)
     found.add(sentence_models.describe(model).identity)
-    model.truncate_dim = 8  # saved with the model
+    cast(Any, model).truncate_dim = 8  # saved with the model
     found.add(sentence_models.describe(model).identity)
     assert len(found) == 7
     assert sentence_models.load_model(str(bi)).identity in found

@@ -2,7 +2,8 @@
 
 A teacher with vectors looks at all passages, exactly (`vectors.nearest`). Any other scorer (cross-encoder, late
 interaction, BM25, sets of them) re-scores what a search finds: the dense search of another teacher that has vectors, or BM25
-over the passages' words (tantivy, on disk). A passage that it would like and the search does not find is missed. Without a
+over the passages' words (tantivy, on disk). A passage that it would like and the search does not find is missed. A teacher
+with vectors may look at what words find too, and then at fewer of its own. Without a
 teacher the search alone ranks, and relevant passages score infinity: no margin can be kept to them.
 
 Candidates come in pieces that are kept. Each query's own relevant passages are scored too.
@@ -186,6 +187,28 @@ class Lexical:
             rows = [(-score, self._searcher.doc(place)["row"][0]) for score, place in hits]
             found.append(np.array([row for _, row in sorted(rows)], np.int64))
         return found
+
+
+@dataclass(frozen=True, eq=False)
+class Mixed(Dense):
+    """Half of the passages by vectors and half by words, each once: what either finds, for lists that both are to rank."""
+
+    lexical: Lexical
+
+    @classmethod
+    def of(cls, dense: Dense, lexical: Lexical) -> Mixed:
+        """Both searches over the same passages."""
+        return cls(dense.embedder, dense.queries, dense.passages, lexical)
+
+    @property
+    def identity(self) -> str:
+        """Of both."""
+        return f"{super().identity} and {self.lexical.identity}"
+
+    def find(self, queries: NDArray[np.int64], count: int) -> list[NDArray[np.int64]]:
+        """Rows of at most `count` passages for each query."""
+        dense, lexical = super().find(queries, count - count // 2), self.lexical.find(queries, count // 2)
+        return [np.concatenate([one, other[~np.isin(other, one)]]) for one, other in zip(dense, lexical, strict=True)]
 
 
 def _build(lessons: Lessons, whole: Path, progress: Progress) -> None:

@@ -35,7 +35,7 @@ from typing import Any
 import numpy as np
 
 from stillroom_server.distillery.data import datafree
-from stillroom_server.distillery.data.candidates import Dense, Finder, Judged, Lexical
+from stillroom_server.distillery.data.candidates import Dense, Finder, Judged, Lexical, Mixed
 from stillroom_server.distillery.data.leakage import Excluded, excluded
 from stillroom_server.distillery.data.merging import (
     SYNTHETIC,
@@ -247,8 +247,11 @@ class _Preparation:
             for number, (query, passage) in enumerate(pairs_of(kept)):
                 yield Mined(query, [passage], [int(kept.grades[number])]), int(kept.sources[number])
         elif len(kept):
+            finder = self._finder(made)
+            if settings.words and isinstance(finder, Dense):
+                finder = Mixed.of(finder, Lexical(made, self._work / "words"))
             found = mine(
-                self.teacher, self._finder(made), made, kept, settings, self._work / "ranked",
+                self.teacher, finder, made, kept, settings, self._work / "ranked",
                 seed=self.settings.seed, counts=counts, progress=self._step(4, 0, 1),
             )  # fmt: skip
             for one in found:

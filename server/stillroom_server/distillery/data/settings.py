@@ -143,6 +143,7 @@ class NegativeSettings(Group):
     sampling: Literal["top", "random"] = Field("top", description="the hardest candidates, or some of them by chance")
     lists_per_query: int | None = Field(None, ge=1, description="most positives of a query that get a list; none: all")
     candidates: int = Field(200, ge=1, description="passages found by words that a teacher without vectors scores")
+    words: bool = Field(False, description="a teacher with vectors finds half of the candidates, words the others")
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
