@@ -437,6 +437,10 @@ TAYLOR = "[pruning]\nheads = 0.5\ncriterion = 'taylor'\n"
             ALIGNED + CORPUS + "[losses.margin_hinge]\nweight = 1.0\n",
             "margin_hinge takes the first .*: set it to listed",
         ),
+        (
+            ALIGNED + CORPUS + "[losses.contrastive]\nweight = 1.0\nin_batch = true\n",
+            "corpus, where all queries have the same",
+        ),
         (ALIGNED + CORPUS + "[losses.soft_hard]\nweight = 1.0\n[losses.contrastive]\nweight = 1.0\n", ""),
         ("searches = true\n" + ALIGNED + NARROW, "student.dimension is 8, and a search ranks .* of 32 values"),
         (LISTED + "[training]\ntowers = 'both'\nranked = 'corpus'\n", "set training.towers to query"),

@@ -98,6 +98,11 @@ def fitted(
             f"training.ranked is corpus, and {' and '.join(by_place)} takes the first passage for the relevant one: set it to "
             "listed, or give listwise_kl or contrastive a weight instead"
         )
+    if corpus and losses.contrastive.active and losses.contrastive.in_batch:
+        raise SettingsError(
+            "training.ranked is corpus, where all queries have the same candidates, and losses.contrastive.in_batch takes "
+            "those of others: set one of them back"
+        )
     composition = compose(
         losses,
         student_dim=student.dimension,
