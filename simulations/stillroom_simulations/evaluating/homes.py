@@ -6,12 +6,14 @@
 | `rerank` | `hybrid`, and the release's cross-encoder reads the usual number of results again |
 
 How deep lists are fused depends on how many results are asked for (`fusion.DEPTH`), so the ranking is that of a search for as
-many results as people look at, with those of a deeper search behind it. A device may hold more than the corpus: passages that
-nobody judged are misses. It must not hold less.
+many results as people look at, with those of a deeper search behind it. Where a reranker reads more of them than that, it is
+that of a search for as many as it reads. A device may hold more than the corpus: passages that nobody judged are misses. It
+must not hold less.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,11 +39,16 @@ MODES: tuple[Asked, ...] = get_args(Asked)
 
 @dataclass(frozen=True, eq=False)
 class Home:
-    """An open device in one mode; whoever opened it closes it."""
+    """An open device in one mode; whoever opened it closes it.
+
+    Attributes:
+        read: how many of its results, with their scores, a reranker behind it reads; 0 without one.
+    """
 
     name: str
     device: Device
     mode: Asked
+    read: int = 0
 
     @property
     def how(self) -> str:
@@ -83,13 +90,18 @@ class HomeSearcher:
         return Bytes(_size(query) + reads, _size(document), size / device.store.count())
 
     def run(self, queries: Sequence[Query], depth: int, progress: Progress = silent) -> Run:
-        """The device's scores; what lies deeper than somebody sees follows below them, in its order."""
+        """The device's scores; what lies deeper than somebody sees follows below them, in its order.
+
+        The scores of a deeper search go on where they are of one kind, as cosines and BM25 are; those of a deeper fusion are
+        lowered until they follow, and say the order only.
+        """
         run: Run = {}
         for done, query in enumerate(queries, start=1):
             run[query.id] = shown = dict(self._shown(query.text))
-            least = min(shown.values(), default=0.0)
-            deeper = [passage for passage, _ in self._deep(query.text, depth) if passage not in shown]
-            shown |= {passage: least - place for place, passage in enumerate(deeper, start=1)}
+            last = min(shown.values(), default=math.inf)
+            for passage, score in self._deep(query.text, depth):
+                if passage not in shown:
+                    shown[passage] = last = min(score, last - _APART)
             progress(done, len(queries))
         return run
 
@@ -114,13 +126,17 @@ class HomeSearcher:
     def _mode(self) -> Mode:
         return "hybrid" if self.home.mode == "rerank" else self.home.mode
 
+    @property
+    def _looked_at(self) -> int:
+        """Results of one search: as many as lists are deep anyway or are read again anyway, or as somebody reads."""
+        return max(USUAL if self.home.mode == "rerank" else DEPTH, self.home.read)
+
     def _shown(self, text: str) -> Ranking:
-        """What somebody sees: a search for at most as many results as lists are deep anyway."""
-        rerank = USUAL if self.home.mode == "rerank" else 0
-        return self._found(text, rerank or DEPTH, rerank=rerank)
+        """What somebody sees: what `search` finds for so many results."""
+        return self._found(text, self._looked_at, rerank=USUAL if self.home.mode == "rerank" else 0)
 
     def _deep(self, text: str, depth: int) -> Ranking:
-        return self._found(text, depth) if depth > DEPTH or self.home.mode == "rerank" else []
+        return self._found(text, depth) if depth > self._looked_at else []
 
     def _found(self, text: str, k: int, rerank: int = 0) -> Ranking:
         hits = self.home.device.search(text, k, mode=self._mode, rerank=rerank, cached=False)

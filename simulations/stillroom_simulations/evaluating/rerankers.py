@@ -7,6 +7,7 @@ rank alone.
 |---|---|
 | passages beyond the first n | follow behind, in the order of the first stage: recall at more than n is the first stage's |
 | the first stage finds fewer than n | those are read |
+| the first stage is a device | scores are those of its search for n results, also where `fusion.DEPTH` is less |
 | an activation at the model's end | left out: it keeps the order, but saturates, and equal scores would be ties |
 """
 
@@ -15,7 +16,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -25,6 +26,7 @@ from numpy.typing import NDArray
 from stillroom_shared.corpus import Passage, Query
 from stillroom_shared.scales import FIRST_SHARE, blended, reranked
 from stillroom_simulations.evaluate import Run
+from stillroom_simulations.evaluating.homes import Home
 from stillroom_simulations.evaluating.kept import Kept
 from stillroom_simulations.evaluating.systems import Bytes, Progress, Ranking, Searcher, System, as_run, silent
 
@@ -56,7 +58,9 @@ class Reranking:
     def index(self, passages: Sequence[Passage], kept: Kept, progress: Progress = silent) -> RerankingSearcher:
         """Index the first stage."""
         texts = {passage.id: passage.full_text for passage in passages}
-        return RerankingSearcher(self, self.first.index(passages, kept, progress), texts, kept)
+        # A device's scores depend on how many results are asked for: it has to know what is read, not only how deep a run goes.
+        first: System = replace(self.first, read=self.top) if isinstance(self.first, Home) else self.first
+        return RerankingSearcher(self, first.index(passages, kept, progress), texts, kept)
 
 
 @dataclass(frozen=True, eq=False)
