@@ -133,7 +133,7 @@ class Opener:
 
     def systems(self, models: Sequence[str | System]) -> list[System]:
         """The systems of all names, a device in each of its modes; `SettingsError` when two have one name."""
-        places = [_place(part) for text in models if isinstance(text, str) for part in text.split(PAIR)]
+        places = [Spec.read(part).place for text in models if isinstance(text, str) for part in _sides(text)]
         labels = short_names(list(dict.fromkeys(places)))
         made: list[System] = []
         for model in models:
@@ -144,10 +144,9 @@ class Opener:
         return made
 
     def _systems(self, text: str, labels: dict[str, str]) -> list[System]:
-        query, pair, document = text.partition(PAIR)
-        if pair:
-            return [self._pair(Spec.read(query), Spec.read(document), labels)]
-        spec = Spec.read(text)
+        spec, *document = (Spec.read(part) for part in _sides(text))
+        if document:
+            return [self._pair(spec, document[0], labels)]
         spec.refuse_foreign_suffixes()
         name = labels[spec.place] + text.removeprefix(spec.place)
         if spec.kind == "bm25":
@@ -207,10 +206,10 @@ class Opener:
                 loaded = self._onnx(spec.place, spec.precision).late()
             how = f"{_how(spec)}, MaxSim over every passage"
             return LateInteraction(name, how, cast(MultiVectorEncoder, loaded.model), loaded.identity, loaded.weights)
-        first = Spec.read(self._first)
-        if first.kind == "model" and isinstance(self._model(first.place).model, CrossEncoder):
+        first, *pair = (Spec.read(part) for part in _sides(self._first))
+        if not pair and first.kind == "model" and isinstance(self._model(first.place).model, CrossEncoder):
             raise SettingsError(f"--first-stage {self._first} is a cross-encoder: it needs a first stage itself")
-        found = self._systems(self._first, short_names([part for part in map(_place, self._first.split(PAIR))]))
+        found = self._systems(self._first, short_names([side.place for side in (first, *pair)]))
         if len(found) > 1:
             raise SettingsError(
                 f"--first-stage {self._first} is a device with several modes: write @hybrid, say, behind it"
@@ -246,8 +245,9 @@ def short_names(places: Sequence[str]) -> dict[str, str]:
     return shown
 
 
-def _place(text: str) -> str:
-    return Spec.read(text).place
+def _sides(text: str) -> list[str]:
+    """Both names of a pair, or the one name."""
+    return text.split(PAIR, 1)
 
 
 def _is_path(place: str) -> bool:

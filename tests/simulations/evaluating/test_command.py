@@ -60,6 +60,7 @@ def test_what_cannot_be_evaluated_is_said(
         ([str(several)], "cross-encoder with 3 outputs"),
         ([f"{cross}::{bi}"], "is a CrossEncoder: a pair is of two bi-encoders"),
         ([f"bm25::{bi}"], "is a bm25 and has no tower"),
+        ([f"{bi}::a::b"], "'a::b' is no folder, and no model of that name"),
         ([f"{bi}@8::{release}"], "query vectors have 8 dimensions and passage vectors 32"),
         ([f"{bi}@64"], "@64: vectors of 32 values"),
         (["bm25@int8"], "@int8 says nothing of a bm25"),

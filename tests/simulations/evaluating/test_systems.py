@@ -193,6 +193,18 @@ def test_cross_encoders_read_the_top_of_their_first_stage(data: Path, bi: Path, 
         )
 
 
+def test_a_pair_may_be_the_first_stage(data: Path, bi: Path, cross: Path, tiny_release: Release) -> None:
+    """The towers of a pair taken for one model of an odd name; or another first stage than the one that was named."""
+    pair = f"{tiny_release.folder}@float32::{bi}"
+    found = evaluate([pair, str(cross)], data, first_stage=pair, rerank=3, first_share=1)
+    model: Any = sentence_models.load_model(str(bi)).model
+    base = shelves.dense(shelves.released(tiny_release, "float32")[0], model.encode)
+    check(found, "cross", base)
+    assert "reads the best 3 of tiny@float32::model," in found.sets[0].of("cross").how
+    with pytest.raises(SettingsError, match="is a CrossEncoder: a pair is of two bi-encoders"):
+        evaluate([str(cross)], data, first_stage=f"{cross}::{bi}")
+
+
 def test_a_cross_encoder_ranks_together_with_its_first_stage(data: Path, bi: Path, cross: Path) -> None:
     """Scores of two scales in one sum are a ranking by the louder; a device's ranking is what is measured unless told."""
     found = evaluate([str(bi), str(cross)], data, first_stage=str(bi), rerank=4)
