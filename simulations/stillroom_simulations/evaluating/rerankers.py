@@ -7,6 +7,7 @@ rank alone.
 |---|---|
 | passages beyond the first n | follow behind, in the order of the first stage: recall at more than n is the first stage's |
 | the first stage finds fewer than n | those are read |
+| a query's own passage is ignored | it is left out before they are read: n others are, and standardised without it |
 | the first stage is a device | scores are those of its search for n results, also where `fusion.DEPTH` is less |
 | an activation at the model's end | left out: it keeps the order, but saturates, and equal scores would be ties |
 """
@@ -28,7 +29,16 @@ from stillroom_shared.scales import FIRST_SHARE, blended, reranked
 from stillroom_simulations.evaluate import Run
 from stillroom_simulations.evaluating.homes import Home
 from stillroom_simulations.evaluating.kept import Kept
-from stillroom_simulations.evaluating.systems import Bytes, Progress, Ranking, Searcher, System, as_run, silent
+from stillroom_simulations.evaluating.systems import (
+    Bytes,
+    Progress,
+    Ranking,
+    Searcher,
+    System,
+    as_run,
+    silent,
+    without_identical_ids,
+)
 
 _SHARD = 8  # queries
 
@@ -43,6 +53,7 @@ class Reranking:
         top: how many of them are read.
         share: weight of the first stage's scores; 0 for the cross-encoder alone.
         threads: queries that are worked on at the same time where nothing is timed; 1 where `logits` uses threads itself.
+        ignore_identical_ids: read no passage whose id is the query's own, and do not rank it, where nothing is timed.
     """
 
     name: str
@@ -54,12 +65,18 @@ class Reranking:
     top: int
     share: float = FIRST_SHARE
     threads: int = 1
+    ignore_identical_ids: bool = False
+
+    @property
+    def asked(self) -> int:
+        """How many passages the first stage has to find, so that enough can be read."""
+        return self.top + self.ignore_identical_ids
 
     def index(self, passages: Sequence[Passage], kept: Kept, progress: Progress = silent) -> RerankingSearcher:
         """Index the first stage."""
         texts = {passage.id: passage.full_text for passage in passages}
         # A device's scores depend on how many results are asked for: it has to know what is read, not only how deep a run goes.
-        first: System = replace(self.first, read=self.top) if isinstance(self.first, Home) else self.first
+        first: System = replace(self.first, read=self.asked) if isinstance(self.first, Home) else self.first
         return RerankingSearcher(self, first.index(passages, kept, progress), texts, kept)
 
 
@@ -80,7 +97,9 @@ class RerankingSearcher:
 
     def run(self, queries: Sequence[Query], depth: int, progress: Progress = silent) -> Run:
         """The first stage's ranking with its top read again; scores are ranks."""
-        found = self.first.run(queries, max(depth, self.system.top), silent)
+        found = self.first.run(queries, max(depth, self.system.asked), silent)
+        if self.system.ignore_identical_ids:
+            found = without_identical_ids(found)
         ranked = {key: sorted(own, key=lambda passage: (-own[passage], passage)) for key, own in found.items()}
         asked = [query for query in queries if ranked.get(query.id)]
         tops = {query.id: ranked[query.id][: self.system.top] for query in asked}

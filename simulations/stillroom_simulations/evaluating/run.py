@@ -34,7 +34,7 @@ from stillroom_simulations.benchmark_file import machine, versions
 from stillroom_simulations.evaluate import Run, Scores, cutoff_of, evaluate_run
 from stillroom_simulations.evaluating.kept import Kept
 from stillroom_simulations.evaluating.specs import Opener
-from stillroom_simulations.evaluating.systems import Searcher, System
+from stillroom_simulations.evaluating.systems import Searcher, System, without_identical_ids
 from stillroom_simulations.evaluating.timing import Latency, time_queries
 from stillroom_simulations.evaluating.values import METRICS, Compared, Evaluation, Measured, OnSet
 from stillroom_simulations.intervals import RESAMPLES, Interval, intervals_over_sets
@@ -111,7 +111,7 @@ def evaluate_models(
         raise SettingsError("give at least one model and one data set, and data sets of different names")
     opener = Opener(
         device=choices.device, threads=choices.threads, first_stage=choices.first_stage, top=choices.rerank,
-        share=choices.first_share,
+        share=choices.first_share, ignore_identical_ids=choices.ignore_identical_ids,
     )  # fmt: skip
     with opener, _threads(choices.threads):
         systems = opener.systems(models)
@@ -161,7 +161,7 @@ class _Session:
         depth = max(cutoff_of(metric) for metric in self.choices.metrics) + self.choices.ignore_identical_ids
         run = searcher.run(self.queries, depth, _part(progress, 0.7, 1.0))
         if self.choices.ignore_identical_ids:
-            run = {query: {p: s for p, s in found.items() if p != query} for query, found in run.items()}
+            run = without_identical_ids(run)
         self.searchers[system.name] = searcher
         self.scores[system.name] = self._scored(run)
 

@@ -115,8 +115,10 @@ class Opener:
         first_stage: str = "bm25",
         top: int = 100,
         share: float = FIRST_SHARE,
+        ignore_identical_ids: bool = False,
     ) -> None:
         self._threads, self._first, self._top, self._share = threads, first_stage, top, share
+        self._ignore = ignore_identical_ids
         self._open = ExitStack()
         self._model = cache(lambda name: load_model(name, device=device))
         self._onnx = cache(lambda name, precision: open_onnx(name, self._model(name), precision))
@@ -217,13 +219,14 @@ class Opener:
         how = f"{_how(spec)}, reads the best {self._top} of {found[0].name}"
         how += f", whose scores have a share of {self._share:g}" if self._share else ""
         if spec.precision is None:
-            logits, identity, weights = sentence_scorer(loaded), loaded.identity, loaded.weights
-            return Reranking(name, how, logits, identity, weights, found[0], self._top, self._share)
-        file = self._onnx(spec.place, spec.precision)
-        scorer = file.scorer().logits
+            logits, identity, weights, threads = sentence_scorer(loaded), loaded.identity, loaded.weights, 1
+        else:
+            file = self._onnx(spec.place, spec.precision)
+            logits, identity, weights, threads = file.scorer().logits, file.identity, len(file.content), self._threads
         return Reranking(
-            name, how, scorer, file.identity, len(file.content), found[0], self._top, self._share, threads=self._threads
-        )
+            name, how, logits, identity, weights, found[0], self._top, self._share, threads=threads,
+            ignore_identical_ids=self._ignore,
+        )  # fmt: skip
 
 
 def _how(spec: Spec) -> str:

@@ -89,3 +89,12 @@ def best(scores: NDArray[np.floating], ids: Sequence[str], k: int) -> Ranking:
 def as_run(ranking: Sequence[str]) -> dict[str, float]:
     """A ranking as scores that keep its order: m, m - 1, ..., 1."""
     return {passage: float(len(ranking) - place) for place, passage in enumerate(ranking)}
+
+
+def without_identical_ids(run: Run) -> Run:
+    """A run without the passages whose id is that of their query.
+
+    >>> without_identical_ids({"a": {"a": 0.9, "b": 0.5}, "c": {"a": 0.1}})
+    {'a': {'b': 0.5}, 'c': {'a': 0.1}}
+    """
+    return {query: {passage: s for passage, s in found.items() if passage != query} for query, found in run.items()}

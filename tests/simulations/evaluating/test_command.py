@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from tests.simulations import shelves
-from tests.simulations.shelves import QUERIES, check, evaluate, slow_first
+from tests.simulations.shelves import PASSAGES, QUERIES, check, evaluate, slow_first
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
@@ -96,6 +96,25 @@ def test_identical_ids_are_left_out_when_asked(tmp_path: Path) -> None:
         0.5,
         1.0,
     ]
+
+
+def test_a_cross_encoder_does_not_read_what_is_left_out(tmp_path: Path, bi: Path, cross: Path) -> None:
+    """Read before it goes, the passage takes the place of another, and its score moves the scale of all others."""
+    text, tables = shelves.full_texts()["d03"], []
+    for name, held in (("without", {key: PASSAGES[key] for key in PASSAGES if key != "d03"}), ("with", PASSAGES)):
+        folder = shelves.shelf(tmp_path / name)
+        lines = [{"_id": key, "title": title, "text": text} for key, (title, text) in held.items()]
+        (folder / "corpus.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (folder / "queries.jsonl").write_text(json.dumps({"_id": "d03", "text": text}) + "\n")
+        grades = [f"d03\t{key}\t{grade}\n" for grade, key in enumerate(PASSAGES) if key != "d03"]
+        (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n" + "".join(grades))
+        for split in ("dev", "train"):
+            (folder / "qrels" / f"{split}.tsv").unlink()
+        for top in (2, 4):
+            found = evaluate([str(cross)], folder, first_stage=str(bi), rerank=top, ignore_identical_ids=True)
+            tables.append(found.sets[0].of("cross").scores.table.tolist())
+    assert slow_first(folder, bi)(text)[0] == "d03", "the guard: it would be read"
+    assert tables[:2] == tables[2:]
 
 
 def test_comparisons_are_paired_and_corrected(data: Path, tmp_path: Path, bi: Path) -> None:
