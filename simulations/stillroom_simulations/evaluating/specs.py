@@ -154,7 +154,8 @@ class Opener:
         if spec.kind == "bm25":
             return [Words()]
         if spec.kind == "home":
-            device = self._open.enter_context(Device.open(Path(spec.place), threads=self._threads))
+            # One thread: its queries come one at a time, and with more its reranker would be timed on all of them.
+            device = self._open.enter_context(Device.open(Path(spec.place), threads=1))
             modes = (
                 [spec.mode]
                 if spec.mode

@@ -18,7 +18,9 @@ from stillroom_shared.cli import build_app
 from stillroom_shared.errors import DataError, SettingsError
 from stillroom_shared.release import Release
 from stillroom_shared.scales import FIRST_SHARE
+from stillroom_simulations.evaluating.homes import Home
 from stillroom_simulations.evaluating.run import Choices, compare, evaluate_models
+from stillroom_simulations.evaluating.specs import Opener
 from stillroom_simulations.evaluating.values import METRICS
 
 QUICK = Choices(timed=0, resamples=50)
@@ -82,6 +84,13 @@ def test_a_device_without_the_corpus_is_refused(data: Path, tmp_path: Path, tiny
         device.add(shelves.corpus(data).passages[:-1])
     with pytest.raises(DataError, match=r"holds 11 of 12 passages, and not 'd12': add the corpus first"):
         evaluate([f"{folder}@bm25"], data)
+
+
+def test_a_device_has_one_thread_however_many_embed(home: Path) -> None:
+    """Its reranker on eight cores under the heading "on one thread", beside models that have one."""
+    with Opener(threads=2) as opener:
+        [system] = opener.systems([f"{home}@hybrid"])
+        assert isinstance(system, Home) and system.device.threads == 1
 
 
 def test_identical_ids_are_left_out_when_asked(tmp_path: Path) -> None:
