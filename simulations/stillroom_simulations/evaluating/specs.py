@@ -41,6 +41,8 @@ from stillroom_simulations.evaluating.towers import BiEncoder, Role, Tower, rele
 from stillroom_simulations.evaluating.words import Words
 
 PAIR = "::"
+_RESERVED = ("bm25", "offline")
+"""Names with a meaning of their own: no folder is shown under one of them."""
 _PRECISIONS: tuple[Precision, ...] = ("int8", "float32")
 
 
@@ -235,17 +237,20 @@ def _how(spec: Spec) -> str:
 
 
 def short_names(places: Sequence[str]) -> dict[str, str]:
-    """The shortest endings of paths that tell them apart; names that are no folders stay whole.
+    """The shortest endings of paths that tell them apart, also from reserved names; names that are no folders stay whole.
 
     >>> short_names(["runs/a/release", "runs/b/release", "offline"])
     {'runs/a/release': 'a/release', 'runs/b/release': 'b/release', 'offline': 'offline'}
+    >>> short_names(["./bm25", "./runs/x/offline"])
+    {'./bm25': './bm25', './runs/x/offline': 'x/offline'}
     """
     parts = {place: Path(place).parts if _is_path(place) else (place,) for place in places}
     shown = {}
     for place, own in parts.items():
-        others = [other for name, other in parts.items() if name != place]
+        others = [other for name, other in (parts | {name: (name,) for name in _RESERVED}).items() if name != place]
         length = next((n for n in range(1, len(own)) if all(other[-n:] != own[-n:] for other in others)), len(own))
-        shown[place] = "/".join(own[-length:])
+        label = "/".join(own[-length:])
+        shown[place] = place if label in _RESERVED else label
     return shown
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,20 @@ def test_a_device_has_one_thread_however_many_embed(home: Path) -> None:
     with Opener(threads=2) as opener:
         [system] = opener.systems([f"{home}@hybrid"])
         assert isinstance(system, Home) and system.device.threads == 1
+
+
+def test_a_folder_may_have_a_reserved_name(
+    data: Path, bi: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder called bm25 that cannot be named beside BM25, or whose figures stand under that name."""
+    for place in ("bm25", "runs/bm25"):
+        shutil.copytree(bi, tmp_path / place)
+    monkeypatch.chdir(tmp_path)
+    found = evaluate(["bm25", "./bm25", "runs/bm25"], data)
+    assert [one.model for one in found.sets[0].models] == ["bm25", "./bm25", "runs/bm25"]
+    check(found, "bm25", slow_first(data, None))
+    check(found, "./bm25", slow_first(data, bi))
+    assert [one.model for one in evaluate(["runs/bm25"], data).sets[0].models] == ["runs/bm25"]
 
 
 def test_identical_ids_are_left_out_when_asked(tmp_path: Path) -> None:
