@@ -8,13 +8,13 @@
 How deep lists are fused depends on how many results are asked for (`fusion.DEPTH`), so the ranking is that of a search for as
 many results as people look at, with those of a deeper search behind it. Where a reranker reads more of them than that, it is
 that of a search for as many as it reads. A device may hold more than the corpus: passages that nobody judged are misses. It
-must not hold less.
+must not hold less, or other texts.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -33,6 +33,8 @@ from stillroom_simulations.evaluating.systems import Bytes, Progress, Ranking, s
 
 _APART = 1e-9
 """Between scores that were equal: less than what is between others."""
+_TOGETHER = 4_096
+"""Passages that are read from a device's store at once."""
 Asked = Literal["dense", "bm25", "hybrid", "rerank"]
 MODES: tuple[Asked, ...] = get_args(Asked)
 
@@ -58,15 +60,35 @@ class Home:
         return words.get(self.mode, f"{words['hybrid']}, {USUAL} read again") + ", as served"
 
     def index(self, passages: Sequence[Passage], kept: Kept, progress: Progress = silent) -> HomeSearcher:
-        """Nothing is added to a device: `DataError` when it lacks a passage."""
+        """Nothing is added to a device: `DataError` when it lacks a passage, or holds another text under its id."""
         held = set(self.device.store.ids())
         if missing := [passage.id for passage in passages if passage.id not in held]:
             raise DataError(
                 f"{self.device.home} holds {len(passages) - len(missing):,} of {len(passages):,} passages, and not "
                 f"{missing[0]!r}: add the corpus first (`stillroom index add DIR/corpus.jsonl`), or measure its release"
             )
+        of = {passage.id: passage for passage in passages}
+        told = ((held, of[held.id]) for held in self._stored(list(of)))
+        if differing := [held.id for held, own in told if (held.title, held.text) != (own.title, own.text)]:
+            raise DataError(
+                f"{self.device.home} holds other texts than the corpus under {len(differing):,} of its {len(passages):,} ids, "
+                f"{differing[0]!r} say: add the corpus again (`stillroom index add DIR/corpus.jsonl`), and measure corpora "
+                "that share ids on a device each"
+            )
         self.device.refresh_index()
         return HomeSearcher(self)
+
+    def others(self, ids: Container[str]) -> dict[str, str]:
+        """Texts, by their ids, that it holds beside these."""
+        return {
+            held.id: held.full_text for held in self._stored([one for one in self.device.store.ids() if one not in ids])
+        }
+
+    def _stored(self, ids: Sequence[str]) -> Iterator[Passage]:
+        """Passages that it holds, some at a time."""
+        store = self.device.store
+        for start in range(0, len(ids), _TOGETHER):
+            yield from store.passages(store.rows(ids[start : start + _TOGETHER]).tolist()).values()
 
 
 @dataclass(frozen=True, eq=False)

@@ -76,7 +76,10 @@ class Reranking:
         """Index the first stage."""
         texts = {passage.id: passage.full_text for passage in passages}
         # A device's scores depend on how many results are asked for: it has to know what is read, not only how deep a run goes.
-        first: System = replace(self.first, read=self.asked) if isinstance(self.first, Home) else self.first
+        first: System = self.first
+        if isinstance(first, Home):
+            first = replace(first, read=self.asked)
+            texts |= first.others(texts)  # it may find what is not of the corpus, which is read like any other
         return RerankingSearcher(self, first.index(passages, kept, progress), texts, kept)
 
 

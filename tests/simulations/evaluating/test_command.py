@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,27 @@ def test_a_device_without_the_corpus_is_refused(data: Path, tmp_path: Path, tiny
         device.add(shelves.corpus(data).passages[:-1])
     with pytest.raises(DataError, match=r"holds 11 of 12 passages, and not 'd12': add the corpus first"):
         evaluate([f"{folder}@bm25"], data)
+    with Device.open(folder) as device:
+        device.add(
+            [replace(shelves.corpus(data).passages[0], text="of another corpus"), *shelves.corpus(data).passages[1:]]
+        )
+    with pytest.raises(
+        DataError, match=r"other texts than the corpus under 1 of its 12 ids, 'd01' say: add the corpus again"
+    ):
+        evaluate([f"{folder}@bm25"], data)
+
+
+def test_a_cross_encoder_reads_what_a_device_holds_beside_the_corpus(
+    data: Path, cross: Path, tmp_path: Path, tiny_release: Release
+) -> None:
+    """A device is somebody's own: what nobody judged is found, read and ranked."""
+    folder = tmp_path / "device"
+    with Device.create(folder, tiny_release, link=True) as device:
+        passages = shelves.corpus(data).passages
+        device.add([*passages, *(replace(one, id=f"own-{one.id}", text=f"own {one.text}") for one in passages)])
+    found = evaluate([str(cross), f"{folder}@bm25"], data, first_stage=f"{folder}@bm25", rerank=20)
+    read, alone = (one.scores.of("recall_at_100") for one in found.sets[0].models)
+    assert (read > 0).any() and np.array_equal(read, alone), "the same passages, in another order"
 
 
 def test_a_device_has_one_thread_however_many_embed(home: Path) -> None:
