@@ -85,6 +85,8 @@ def _refuse_shapes(recipe: Recipe, origin: Config) -> None:
         raise SettingsError(
             f"a {student.kind} student begins from a bi-encoder, and {recipe.origin!r} is a {kind}: name another in `begins`"
         )
+    if student.kind == "static" and (width := _dimension(origin)):
+        refuse_sizes(student, width=width, positions=0)
     if student.kind == "static" or not origin or recipe.searches:
         return
     if (said := origin.get("model_type")) != "bert":

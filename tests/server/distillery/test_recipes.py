@@ -471,7 +471,8 @@ TAYLOR = "[pruning]\nheads = 0.5\ncriterion = 'taylor'\n"
             "taylor, which needs scores at one scale, and losses have student_scale 1, 20",
         ),
         (
-            "[student]\nkind = 'late-interaction'\ntoken_dimension = 8\n[losses.margin_mse]\nweight = 1.0\n" + TAYLOR,
+            "[student]\nkind = 'late-interaction'\ntoken_dimension = 8\npassage_tokens = 40\n"
+            "[losses.margin_mse]\nweight = 1.0\n" + TAYLOR,
             "taylor, .* a late-interaction student has neither",
         ),
         (
@@ -482,6 +483,7 @@ TAYLOR = "[pruning]\nheads = 0.5\ncriterion = 'taylor'\n"
             LISTED + "[training]\ntowers = 'both'\n[student]\ndimension = 16\n" + TAYLOR,
             "the student's have 16 values, those of `documents` 32",
         ),
+        (ALIGNED + "[student]\nkind = 'static'\ndimension = 33\n", "dimension 33 is above the teacher's 32"),
         (ALIGNED + "[student]\nkind = 'static'\n[pruning]\nneurons = 0.5\n", "a static student has none"),
         (ALIGNED + "[student]\nkind = 'static'\n[pruning]\nweights = 0.5\n", "a static student has none"),
         (ALIGNED + "[student]\ninit = 'scratch'\nwidth = 48\n", "width 48 is above the teacher's 32"),

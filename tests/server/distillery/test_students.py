@@ -233,11 +233,15 @@ def test_what_cannot_be_folded_is_refused(made: dict[str, Model], teacher: Sente
 
 def test_late_interaction_narrows_a_projection_that_was_learned(teacher: SentenceTransformer) -> None:
     """Guards against throwing away a late-interaction teacher's projection for a random one."""
-    wide = make_student(StudentSettings(kind="late-interaction", layers=(0, 1), token_dimension=12), teacher)
+    wide = make_student(
+        StudentSettings(kind="late-interaction", layers=(0, 1), token_dimension=12, passage_tokens=40), teacher
+    )
     assert isinstance(wide, MultiVectorEncoder)
     with torch.no_grad():  # as if learned: of rank 4
         wide.get_parameter("1.linear.weight")[4:] = 0
-    narrow = make_student(StudentSettings(kind="late-interaction", layers=(0, 1), token_dimension=4), wide)
+    narrow = make_student(
+        StudentSettings(kind="late-interaction", layers=(0, 1), token_dimension=4, passage_tokens=40), wide
+    )
     assert isinstance(narrow, MultiVectorEncoder) and sum(isinstance(module, Dense) for module in narrow) == 1
     scores = [model.similarity(model.encode_query(TEXTS), model.encode_document(TEXTS)) for model in (wide, narrow)]
     torch.testing.assert_close(scores[1], scores[0], atol=1e-4, rtol=0)
@@ -286,6 +290,11 @@ def test_settings_and_teachers_that_do_not_fit_are_refused(teacher: SentenceTran
         ({"layers": (0, 2)}, teacher, "from 0 to 1"),
         ({**SCRATCH, "width": 64}, teacher, "width 64 is above"),
         ({"layers": (0,), "tokens": 65}, teacher, "knows 64 positions"),
+        (
+            {"kind": "late-interaction", "layers": (0,), "tokens": 9, "passage_tokens": 65, "token_dimension": 8},
+            teacher,
+            "passage_tokens 65: the teacher knows 64",
+        ),
         ({"layers": (0,)}, scorer, "begins from a bi-encoder"),
         ({"kind": "static"}, scorer, "begins from a bi-encoder"),
         ({"kind": "static", "dimension": 33}, teacher, "dimension 33 is above"),

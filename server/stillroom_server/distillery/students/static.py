@@ -31,8 +31,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from stillroom_server.distillery.students.settings import StudentSettings
-from stillroom_server.distillery.students.towers import bert_of, evaluating, leading_directions
-from stillroom_shared.errors import SettingsError
+from stillroom_server.distillery.students.towers import bert_of, evaluating, leading_directions, refuse_sizes
 
 _SIF = 1e-3
 """The constant a of the weighting; Arora et al. find anything from 1e-4 to 1e-3 to do."""
@@ -57,9 +56,8 @@ def make_static(
     backend.enable_truncation(settings.text_tokens - _SPECIAL)
     vectors = token_vectors(teacher)  # (vocabulary, dim)
     dim = vectors.shape[1]
+    refuse_sizes(settings, width=dim, positions=0)
     dimension = settings.dimension or dim
-    if dimension > dim:
-        raise SettingsError(f"dimension {dimension} is above the teacher's {dim}: a static student has at most as many")
     special = torch.tensor(teacher.tokenizer.all_special_ids)
     ordinary = torch.ones(len(vectors), dtype=torch.bool)
     ordinary[special] = False

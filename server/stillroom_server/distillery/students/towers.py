@@ -84,21 +84,27 @@ def with_tower(model: AnyModel, tower: BertModel) -> AnyModel:
 
 
 def refuse_sizes(settings: StudentSettings, *, width: int, positions: int) -> None:
-    """Raises `SettingsError` for a student that a BERT of this width, with so many positions, cannot begin."""
+    """Raises `SettingsError` for a student that a teacher of this width, with so many positions, cannot begin."""
+    if settings.kind == "static":  # it has neither layers nor positions
+        if (own := settings.dimension or 0) > width:
+            raise SettingsError(f"dimension {own} is above the teacher's {width}: a static student has at most as many")
+        return
     scratch = settings.init == "scratch"
     if scratch and settings.embeddings == "teacher" and settings.width > width:
         raise SettingsError(
             f"width {settings.width} is above the teacher's {width}: set embeddings to random, or be narrower"
-        )
-    if settings.text_tokens > positions:
-        raise SettingsError(
-            f"tokens {settings.text_tokens}: the teacher knows {positions} positions, read at most as many"
         )
     own = settings.width if scratch else width
     if settings.kind == "late-interaction" and settings.token_dimension > own:
         raise SettingsError(
             f"token_dimension {settings.token_dimension} is above the tower's width {own}: choose at most as many"
         )
+    read = {"tokens": settings.text_tokens}
+    if settings.kind == "late-interaction":
+        read["passage_tokens"] = settings.passage_tokens
+    for name, tokens in read.items():
+        if tokens > positions:
+            raise SettingsError(f"{name} {tokens}: the teacher knows {positions} positions, read at most as many")
 
 
 def drop_layers(tower: BertModel, layers: Sequence[int]) -> BertModel:
