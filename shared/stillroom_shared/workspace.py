@@ -11,7 +11,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,7 @@ class Workspace:
 
     folder: Path
 
-    def stage(self, name: str, key: str, outputs: Iterable[str], work: Callable[[], None]) -> bool:
+    def stage(self, name: str, key: str, outputs: Collection[str], work: Callable[[], None]) -> bool:
         """Run `work` unless it is done for this key; returns whether it was skipped.
 
         `outputs` are names below the folder that belong to the stage; they are removed when the key has changed.
@@ -66,9 +66,8 @@ class Workspace:
         Raises:
             SettingsError: one of them is there, and no stage has made it: it is somebody's own.
         """
+        self.check({name: outputs})
         stamp = self._stamp(name)
-        if not stamp:
-            self.check({name: outputs})
         if stamp.get("key") != key:
             for output in outputs:
                 self._remove(self._inside(output))
@@ -85,7 +84,7 @@ class Workspace:
             self._write(name, stamp)
         return False
 
-    def check(self, outputs: Mapping[str, Iterable[str]]) -> None:
+    def check(self, outputs: Mapping[str, Collection[str]]) -> None:
         """Before the first stage: `SettingsError` where what a stage would write is there, and no stage has made it."""
         for name, own in outputs.items():
             there = [path for path in map(self._inside, own) if path.exists()]

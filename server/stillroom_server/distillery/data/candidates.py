@@ -3,8 +3,8 @@
 A teacher with vectors looks at all passages, exactly (`vectors.nearest`). Any other scorer (cross-encoder, late
 interaction, BM25, sets of them) re-scores what a search finds: the dense search of another teacher that has vectors, or BM25
 over the passages' words (tantivy, on disk). A passage that it would like and the search does not find is missed. A teacher
-with vectors may look at what words find too, and then at fewer of its own. Without a
-teacher the search alone ranks, and relevant passages score infinity: no margin can be kept to them.
+with vectors may look at what words find too, and then at fewer of its own. Without a teacher the search alone ranks, and
+relevant passages score infinity: no margin can be kept to them.
 
 Candidates come in pieces that are kept. Each query's own relevant passages are scored too.
 """

@@ -86,9 +86,8 @@ class BiEncoder:
 def identity_of(kind: str, model: torch.nn.Module, settings: TeacherSettings) -> str:
     """The model's hash with what a call sets."""
     prompts = getattr(model, "prompts", None)
-    if default := getattr(
-        model, "default_prompt_name", None
-    ):  # put before texts of a model that has none for their role
+    # Put before texts whose role has no prompt of its own.
+    if default := getattr(model, "default_prompt_name", None):
         prompts = [prompts, default]
     said = (kind, settings.query_tokens, settings.passage_tokens, settings.query_prompt, settings.passage_prompt)
     return hashlib.sha256(f"{model_identity(model)} {said} {settings.precision} {prompts}".encode()).hexdigest()

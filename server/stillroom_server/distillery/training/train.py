@@ -71,7 +71,7 @@ class _Plain:
         with self.accelerator.no_sync(model):
             loss: Tensor = super().training_step(model, *args, **options)  # type: ignore[misc]
         if self.accelerator.sync_gradients:
-            _average_gradients([one for group in self.optimizer.param_groups for one in group["params"]])
+            _average_gradients(self.optimizer)
         return loss
 
 
@@ -226,14 +226,15 @@ def _leave_poolers(student: Student) -> None:
             part.pooler.requires_grad_(False)
 
 
-def _average_gradients(parameters: Sequence[nn.Parameter]) -> None:
-    """Have every process step the student and the projections alike.
+def _average_gradients(optimizer: Any) -> None:
+    """Have every process step the student and the projections alike, all that the optimizer steps.
 
     One process may learn from texts, whose losses use fewer of them (no projection, or not the last layer, of which attention
     maps see nothing), while another learns from lists. What none of them used stays without a gradient, as in one process.
     """
     if (together := processes().num_processes) == 1:
         return
+    parameters = [one for group in optimizer.param_groups for one in group["params"]]
     used = _any_process(*(one.grad is not None for one in parameters))
     stepped = [one for one, anywhere in zip(parameters, used, strict=True) if anywhere]
     gradients = [torch.zeros_like(one) if one.grad is None else one.grad for one in stepped]
